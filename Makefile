@@ -1,0 +1,50 @@
+# Each target installs first where .venv is missing or older than its pins. GNU make, Python 3.11 or newer.
+SHELL := /bin/bash
+export D2MORA_SHARED := $(abspath $(or $(D2MORA_SHARED),../shared))
+export HF_HUB_OFFLINE ?= 1
+BIN := .venv/bin
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+.PHONY: install test roundtrip nbmake lab lab-check notebooks docs readme drawings demo base
+
+install: .venv/installed                     ## .venv with the pinned working set, and d2mora in place
+.venv/installed: constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make install: no Python 3.11 or newer with venv found: install one, or give PYTHON=/path/to/python3" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel -e ".[dev]"
+	touch $@
+
+test: install roundtrip                      ## the gate: round trip, README, notebooks, pytest
+	$(BIN)/python scripts/readme.py --check
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
+
+roundtrip: install                           ## nbdev_export and nbdev_clean change nothing
+	$(BIN)/python scripts/roundtrip.py
+
+nbmake: install                              ## every notebook in a kernel of its own
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbmake --nbmake-timeout=300 nbs
+
+lab: install                                 ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+lab-check: install                           ## run one notebook in the real JupyterLab: make lab-check NB=01_lora.ipynb
+	$(BIN)/python scripts/lab_check.py $(NB)
+
+notebooks: install                           ## run every notebook again and store its outputs
+	$(BIN)/python scripts/notebooks.py
+
+docs: install                                ## the book as a site in _docs/, links checked
+	$(BIN)/python scripts/docs.py
+
+readme: install                              ## README.md from nbs/index.ipynb
+	$(BIN)/python scripts/readme.py
+
+drawings: install                            ## nbs/images/*.svg
+	$(BIN)/python scripts/drawings.py
+
+demo: install                                ## train, grade and draw on the embedded toy world
+	$(BIN)/d2mora demo
+
+base: install                                ## make the embedded toy base again from its seed (10 to 20 minutes)
+	$(BIN)/python scripts/pretrain_base.py
