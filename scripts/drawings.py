@@ -1,0 +1,365 @@
+"""Every drawing of the book, written to nbs/images/*.svg: run again after a change; a test holds that it leaves no diff.
+
+One helper per kind of mark; each drawing is a function that returns its marks. Left to right is the way the numbers flow.
+In labels `A_1` and `w_{down}` become subscripts, a line break stays one.
+"""
+import re
+from html import escape
+from pathlib import Path
+
+IMAGES = Path(__file__).resolve().parents[1] / "nbs" / "images"
+INK, PAPER = "#222222", "#FFFFFF"
+STROKE = {"A": "#0072B2", "B": "#D55E00", "router": "#009E73", "frozen": "#8A8A8A", "loss": "#A8457C", "plain": "#444444"}
+FILL = {"A": "#D6E9F5", "B": "#FBE3D3", "router": "#D3EEE5", "frozen": "#ECECEC", "loss": "#F6E1EC", "plain": "#FFFFFF"}
+SUB = re.compile(r"_(?:\{([^}]*)\}|([A-Za-z0-9]))")
+DRAWINGS = {}  # file name -> (function, title, description, width, height)
+
+
+# ---- marks ----
+def tag(name, inner=None, **attributes):
+    "An SVG element; attributes that are None are left out, `_` in a name is a hyphen."
+    head = name + "".join(f' {k.replace("_", "-")}="{v:g}"' if isinstance(v, float) else f' {k.replace("_", "-")}="{v}"' for k, v in attributes.items() if v is not None)
+    return f"<{head}/>" if inner is None else f"<{head}>{inner}</{name}>"
+
+
+def text(x, y, label, size=13, kind=None, anchor="middle", bold=False, mono=False):
+    "Centred lines of text; `_` begins a subscript unless the text is code (mono)."
+    lines, step, out = label.split("\n"), size * 1.3, []
+    down, up, small = (round(size * f, 1) for f in (.25, -.25, .75))
+    for i, line in enumerate(lines):
+        line = escape(line)
+        if not mono: line = SUB.sub(lambda m: tag("tspan", m[1] or m[2], dy=down, font_size=small) + tag("tspan", "&#8203;", dy=up), line)
+        top = round(y + (i - (len(lines) - 1) / 2) * step + size * .35, 1)
+        out.append(tag("text", line, x=x, y=top, font_size=size, text_anchor=anchor, fill=STROKE[kind] if kind else INK,
+                       font_weight="bold" if bold else None, font_family="monospace" if mono else None))
+    return "".join(out)
+
+
+def polygon(points, kind):
+    "A filled outline in a kind's colours."
+    return tag("polygon", points=" ".join(f"{x:g},{y:g}" for x, y in points), fill=FILL[kind], stroke=STROKE[kind], stroke_width=1.6)
+
+
+def box(x, y, w, h, label="", kind="plain", size=13, dash=False, mono=False, bold=False):
+    "A rounded box around its centre (x, y)."
+    rect = tag("rect", x=x - w/2, y=y - h/2, width=w, height=h, rx=5, fill=FILL[kind], stroke=STROKE[kind], stroke_width=1.6, stroke_dasharray="5 4" if dash else None)
+    return rect + (text(x, y, label, size, mono=mono, bold=bold) if label else "")
+
+
+def matrix(x, y, w, left, right, label="", kind="A", size=14):
+    "A matrix as a trapezoid: as tall at its left as its input is wide, at its right as its output is."
+    shape = polygon([(x - w/2, y - left/2), (x + w/2, y - right/2), (x + w/2, y + right/2), (x - w/2, y + left/2)], kind)
+    return shape + (text(x, y, label, size, bold=True) if label else "")
+
+
+def vector(x, y, h, label="", kind="plain", below="", w=14):
+    "A vector as an upright bar, its name above and its size below."
+    return (box(x, y, w, h, kind=kind) + (text(x, y - h/2 - 12, label, 14, bold=True) if label else "")
+            + (text(x, y + h/2 + 12, below, 11, "plain") if below else ""))
+
+
+def arrow(*points, kind="plain", dash=False, head=True, width=1.6):
+    "A line through the points with an arrow head at the last."
+    path = " ".join(f"{'L' if i else 'M'}{x:g} {y:g}" for i, (x, y) in enumerate(points))
+    return tag("path", d=path, fill="none", stroke=STROKE[kind], stroke_width=width, stroke_dasharray="5 4" if dash else None,
+               marker_end=f"url(#head-{kind})" if head else None)
+
+
+def plus(x, y, sign="+"):
+    "Where branches are added (or multiplied)."
+    return f'<circle cx="{x:g}" cy="{y:g}" r="11" fill="#fff" stroke="{INK}" stroke-width="1.6"/>' + text(x, y, sign, 16)
+
+
+def bars(x, y, heights, kind="router", label="", w=9, scale=40):
+    "Weights as a small bar chart standing on y, centred at x."
+    left = x - (len(heights) * (w + 3) - 3) / 2
+    out = "".join(f'<rect x="{left+i*(w+3):g}" y="{y-v*scale:.1f}" width="{w}" height="{v*scale:.1f}" fill="{STROKE[kind]}"/>' for i, v in enumerate(heights))
+    return out + arrow((left - 4, y), (left + len(heights) * (w + 3) + 1, y), head=False, width=1) + (text(x, y + 12, label, 12, kind) if label else "")
+
+
+def panel(x, y, w, h, title):
+    "A light frame with a heading."
+    return (f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="10" fill="#FAFAFA" stroke="#D8D8D8"/>'
+            + text(x + 14, y + 18, title, 14, anchor="start", bold=True))
+
+
+def drawing(name, title, desc, width=780, height=320):
+    "Register a function as the drawing nbs/images/NAME.svg."
+    def register(f):
+        DRAWINGS[name] = (f, title, desc, width, height)
+        return f
+    return register
+
+
+def svg(name):
+    "The whole file of one drawing."
+    marks, title, desc, w, h = DRAWINGS[name]
+    heads = "".join(f'<marker id="head-{k}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
+                    f'<path d="M0 0.5L8 4L0 7.5z" fill="{c}"/></marker>' for k, c in STROKE.items())
+    body = "\n".join(marks())
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-labelledby="title desc" '
+            f'font-family="Helvetica, Arial, sans-serif">\n<title id="title">{escape(title)}</title>\n<desc id="desc">{escape(desc)}</desc>\n'
+            f'<defs>{heads}</defs>\n<rect width="{w}" height="{h}" rx="12" fill="{PAPER}"/>\n{body}\n</svg>\n')
+
+
+# ---- the drawings ----
+@drawing("overview", "A D2MoRA layer", "A token x goes through the frozen matrix W and, beside it, through three A's whose outputs a first router mixes "
+         "into z, then through several B's whose outputs a second router, reading z, mixes into the update that is added to W x.", 860, 400)
+def overview():
+    yield text(20, 24, "One adapted layer: M experts down, N experts up, a router for each side", 15, anchor="start", bold=True)
+    yield vector(50, 215, 150, "x", below="d_{in}")
+    yield arrow((57, 160), (100, 160), (100, 75), (330, 75))
+    yield box(430, 75, 200, 46, "W, frozen", "frozen", 15)
+    yield arrow((530, 75), (795, 75), (795, 202))
+    for i, y in enumerate((150, 215, 280)):
+        yield arrow((57, 215), (150, y), kind="A") + matrix(185, y, 70, 54, 22, f"A_{i+1}", "A") + arrow((220, y), (331, 213), kind="A")
+    yield arrow((57, 270), (90, 270), (90, 350), (128, 350), kind="router") + box(185, 350, 112, 34, "router R_{down}", "router") + arrow((241, 350), (272, 350), kind="router")
+    yield bars(296, 362, (.9, .35, .6), label="") + text(296, 378, "w_{down}", 13, "router") + arrow((300, 318), (337, 232), kind="router")
+    yield plus(342, 215, "Σ") + arrow((353, 215), (386, 215), kind="A") + vector(395, 215, 36, "z", below="r")
+    for y, name in ((137, "B_1"), (193, "B_2"), (293, "B_N")):
+        yield arrow((403, 215), (480, y), kind="B") + matrix(520, y, 80, 20, 46, name, "B") + arrow((560, y), (661, 213), kind="B")
+    yield text(520, 242, "⋮", 20, "B", bold=True)
+    yield arrow((395, 256), (395, 350), (448, 350), kind="router") + box(505, 350, 112, 34, "router R_{up}", "router") + arrow((561, 350), (592, 350), kind="router")
+    yield bars(624, 362, (.5, .9, .2, .7), label="") + text(624, 378, "w_{up}", 13, "router") + arrow((630, 318), (667, 232), kind="router")
+    yield plus(672, 215, "Σ") + arrow((683, 215), (783, 215), kind="B") + text(733, 199, "× α / r", 13)
+    yield plus(795, 215) + arrow((806, 215), (828, 215)) + vector(838, 215, 130, "y", below="d_{out}")
+
+
+@drawing("00_tasks_row", "From a row to a score", "A row of a data file becomes a prompt; the model is asked; its answer word is compared with the row's answer.", 820, 250)
+def tasks_row():
+    yield panel(15, 15, 225, 215, "a row of the file")
+    yield text(28, 56, "instruction", 11, "plain", "start", True) + text(28, 92, "Which is the answer?\nanswer1: a stone\nanswer2: a river", 12, anchor="start", mono=True)
+    yield text(28, 136, "output", 11, "plain", "start", True) + text(28, 162, "the correct answer\nis answer2", 12, anchor="start", mono=True)
+    yield text(28, 190, "answer", 11, "plain", "start", True) + text(28, 207, "answer2", 12, anchor="start", mono=True)
+    yield arrow((240, 90), (292, 90)) + text(266, 76, "style", 11)
+    yield box(365, 90, 140, 60, "prompt\n(ends before the\nanswer)", size=12) + arrow((435, 90), (482, 90))
+    yield box(540, 90, 110, 50, "language\nmodel", "frozen") + arrow((595, 90), (642, 90))
+    yield box(720, 90, 150, 62, "which answer word\nis the most likely,\nor is written?", size=12) + arrow((720, 121), (720, 172))
+    yield box(720, 194, 150, 40, "equal: 1, else 0", "loss", 13) + arrow((240, 200), (640, 200)) + text(430, 187, "the row's own answer", 12)
+    yield text(430, 216, "never shown to the model when it is graded", 11, "plain")
+
+
+@drawing("00_tasks_world", "The toy world and its split by fact", "Facts about invented things are all told to the base model. Each fact is asked for either in "
+         "training questions or in test questions of the eight tasks, never in both.", 820, 300)
+def tasks_world():
+    yield panel(15, 15, 215, 270, "the world: facts")
+    facts = [("A", 74), ("A", 118), ("A", 162), ("B", 206), ("B", 250)]
+    for (kind, y), (a, b) in zip(facts, (("zib", "red"), ("zib", "lake"), ("mok", "seeds"), ("mok", "blue"), ("dax", "wood"))):
+        yield box(68, y, 62, 28, a, kind) + arrow((99, y), (148, y)) + box(180, y, 62, 28, b, kind)
+    yield arrow((230, 60), (300, 60)) + box(400, 60, 200, 50, "every fact, as sentences", "plain") + arrow((500, 60), (590, 60))
+    yield box(690, 60, 190, 50, "base model\nknows the facts", "frozen")
+    yield arrow((230, 140), (300, 140), kind="A") + box(400, 140, 200, 54, "training questions\nof all eight tasks", "A") + arrow((500, 140), (590, 140), kind="A")
+    yield box(690, 140, 190, 50, "adapter learns\nthe tasks' form", "router")
+    yield arrow((230, 230), (300, 230), kind="B") + box(400, 230, 200, 54, "test questions\nof all eight tasks", "B") + arrow((500, 230), (590, 230), kind="B")
+    yield box(690, 230, 190, 50, "graded: can it use facts\nit was never asked for?", "loss", 12)
+    yield arrow((690, 85), (690, 113), kind="frozen") + arrow((690, 165), (690, 203), kind="router")
+    yield arrow((300, 185), (500, 185), dash=True, head=False) + text(515, 185, "no fact on both sides", 12, anchor="start", bold=True)
+
+
+@drawing("01_lora", "LoRA", "The input x goes through the frozen matrix W and, beside it, through A down to rank r and through B up again; "
+         "the scaled result is added.", 780, 300)
+def lora():
+    yield vector(60, 165, 150, "x", below="d_{in}") + arrow((67, 125), (130, 125), (130, 75), (255, 75))
+    yield box(385, 75, 260, 60, "W: d_{out} × d_{in}, frozen", "frozen", 15) + arrow((515, 75), (680, 75), (680, 193))
+    yield arrow((67, 205), (150, 205), kind="A") + matrix(205, 205, 110, 110, 30, "A", "A", 17) + arrow((260, 205), (316, 205), kind="A")
+    yield vector(325, 205, 34, "z", below="r numbers") + arrow((333, 205), (385, 205), kind="B") + matrix(440, 205, 110, 30, 110, "B", "B", 17)
+    yield arrow((495, 205), (668, 205), kind="B") + text(582, 189, "× α / r", 14)
+    yield plus(680, 205) + arrow((691, 205), (724, 205)) + vector(733, 205, 120, "y", below="d_{out}")
+    yield text(205, 277, "A: random at the start", 12, "A") + text(450, 277, "B: zero at the start, so y = W x", 12, "B")
+
+
+@drawing("02_shared_a", "One-to-one and one-to-many", "Left: three pairs of A and B, a router that reads x weighs the pairs. Right: one shared A and three B's, "
+         "a router that reads x weighs the B's.", 860, 330)
+def shared_a():
+    for left, title, shared in ((15, "one-to-one: M = N pairs", False), (440, "one-to-many: one A, N B's", True)):
+        yield panel(left, 15, 405, 300, title) + vector(left + 32, 150, 120, "x")
+        if shared: yield arrow((left+39, 150), (left+95, 150), kind="A") + matrix(left+135, 150, 80, 80, 26, "A", "A", 16) + arrow((left+175, 150), (left+207, 150), kind="A") + vector(left+214, 150, 30, "z", w=11)
+        for i, y in enumerate((80, 150, 220)):
+            if not shared: yield arrow((left+39, 150), (left+85, y), kind="A") + matrix(left+120, y, 70, 54, 20, f"A_{i+1}", "A") + arrow((left+155, y), (left+205, y), kind="A")
+            yield (arrow((left+220, 150), (left+245, y), kind="B") if shared else "") + matrix(left+(280 if shared else 242), y, 70, 20, 54, f"B_{i+1}", "B")
+            yield arrow((left+(315 if shared else 277), y), (left+348, 150 + (y-150)*.12), kind="B")
+        yield plus(left+360, 150, "Σ") + arrow((left+371, 150), (left+396, 150))
+        yield arrow((left+32, 213), (left+32, 280), (left+75, 280), kind="router") + box(left+140, 280, 130, 34, "router reads x", "router")
+        yield arrow((left+205, 280), (left+238, 280), kind="router") + bars(left+262, 294, (.4, .9, .6), scale=34) + arrow((left+286, 280), (left+360, 280), (left+360, 163), kind="router")
+        yield text(left+313, 266, "w(x)", 13, "router")
+
+
+@drawing("03_many_to_many", "Many-to-many", "Left: every A meets every B, which makes M times N pairs. Right: the same sum computed through one mixture z, "
+         "with M projections down and N up.", 860, 340)
+def many_to_many():
+    downs, ups = (95, 165, 235), (75, 135, 195, 255)
+    yield panel(15, 15, 405, 310, "what it means: every A meets every B") + panel(440, 15, 405, 310, "what is computed: one z between them")
+    yield vector(45, 165, 120, "x") + vector(470, 165, 120, "x")
+    for i, y in enumerate(downs):
+        yield arrow((52, 165), (85, y), kind="A") + matrix(120, y, 70, 54, 20, f"A_{i+1}", "A") + arrow((477, 165), (510, y), kind="A") + matrix(545, y, 70, 54, 20, f"A_{i+1}", "A")
+        for u in ups: yield arrow((157, y), (283, u), head=False, width=1.1)
+        yield arrow((580, y), (623, 165 + (y-165)*.12), kind="A")
+    yield plus(634, 165, "Σ") + arrow((645, 165), (666, 165), kind="A") + vector(674, 165, 32, "z", w=11)
+    for j, u in enumerate(ups):
+        yield matrix(320, u, 70, 20, 46, f"B_{j+1}", "B") + arrow((680, 165), (708, u), kind="B") + matrix(740, u, 62, 20, 46, f"B_{j+1}", "B") + arrow((771, u), (806, 165 + (u-165)*.12), kind="B")
+        yield arrow((355, u), (386, 165 + (u-165)*.12), kind="B")
+    yield plus(397, 165, "Σ") + plus(818, 165, "Σ")
+    yield text(217, 302, "3 × 4 = 12 pairs, each weighed w_i · w_j", 13) + text(642, 302, "3 + 4 = 7 products, the same numbers", 13)
+
+
+@drawing("04_routers", "The two routers", "A first router reads x and gives M weights for the A's; a second reads the mixed z and gives N weights for the B's. "
+         "Each is one matrix without bias followed by a softmax.", 820, 330)
+def routers():
+    for top, name, reads, size, weights, kind, n in ((80, "down", "x", "d_{in}", (.55, .15, .3), "A", "M"), (235, "up", "z", "r", (.1, .45, .15, .3), "B", "N")):
+        yield vector(55, top, 100 if name == "down" else 40, reads, below=size) + arrow((63, top), (135, top), kind="router")
+        yield matrix(195, top, 120, 96 if name == "down" else 40, 30, f"R_{{{name}}}", "router", 15) + arrow((255, top), (300, top), kind="router")
+        yield box(350, top, 100, 40, "softmax", "router", 14) + arrow((400, top), (452, top), kind="router")
+        yield bars(500, top + 30, weights, scale=100, w=14) + text(500, top + 45, f"w_{{{name}}}: {n} weights, sum 1", 12, "router")
+        yield arrow((560, top), (620, top), kind=kind)
+    yield text(195, 146, "M × d_{in}", 11, "plain") + text(195, 277, "N × r", 11, "plain")
+    yield box(715, 80, 180, 66, "mix the A's\nz = Σ w_{down,i} · A_i x", "A", 14) + box(715, 235, 180, 66, "mix the B's\nΣ w_{up,j} · B_j z", "B", 14)
+    yield arrow((715, 113), (715, 164), (22, 164), (22, 235), (46, 235), kind="A") + text(420, 176, "z is what the second router reads", 12, "A")
+    yield text(410, 312, "each token has its own weights; the softmax is taken in float32", 12, "plain")
+
+
+@drawing("05_orthogonality_angle", "Copies and orthogonal experts", "Two experts as arrows: copies lie on each other and score one, orthogonal experts stand at a right angle and score zero.", 820, 240)
+def orthogonality_angle():
+    for left, title, (dx, dy), score in ((15, "copies", (118, -68), "|cos| ≈ 1"), (285, "related", (60, -118), "|cos| ≈ 0.8"), (555, "orthogonal", (-68, -118), "|cos| = 0")):
+        yield panel(left, 15, 250, 210, title)
+        ox, oy = left + (105 if score != "|cos| = 0" else 120), 172
+        ends = [(ox + 128, oy - 74), (ox + dx, oy + dy)] if title != "copies" else [(ox + 120, oy - 74), (ox + 112, oy - 62)]
+        if title == "related": ends = [(ox + 120, oy - 62), (ox + 58, oy - 122)]
+        if title == "orthogonal": ends = [(ox + 104, oy - 60), (ox - 60, oy - 104)]
+        for (x, y), name in zip(ends, ("A_1", "A_2")):
+            yield arrow((ox, oy), (x, y), kind="A", width=3)
+        yield text(ends[0][0] + 2, ends[0][1] - 12, "A_1", 14, "A", bold=True) + text(ends[1][0] + (2 if title != "copies" else 8), ends[1][1] + (-12 if title != "copies" else 16), "A_2", 14, "A", bold=True)
+        yield text(left + 125, 206, score, 16, "loss", bold=True)
+
+
+@drawing("05_orthogonality_step", "When the orthogonality gradient is added", "Several micro-batches accumulate gradients of the language-model loss; they are clipped; "
+         "then lambda times the gradient of the orthogonality loss is added once; then the optimizer steps.", 820, 185)
+def orthogonality_step():
+    yield text(20, 26, "one optimizer step", 15, anchor="start", bold=True)
+    for g in range(4): yield box(78 + g*100, 80, 86, 50, f"micro-batch\n{g+1}", size=12) + arrow((78 + g*100, 105), (78 + g*100, 140), head=False)
+    yield arrow((78, 140), (452, 140)) + text(228, 157, "gradients of the language-model loss add up", 12)
+    yield box(492, 140, 74, 44, "clip", "plain", 14) + arrow((529, 140), (562, 140), kind="loss")
+    yield box(628, 140, 126, 44, "+ λ ∇ loss_{orth}", "loss", 14) + arrow((691, 140), (722, 140)) + box(762, 140, 74, 44, "step", "router", 14)
+    yield text(628, 94, "once, however many\nmicro-batches or processes", 12, "loss") + arrow((628, 110), (628, 116), kind="loss", head=False)
+
+
+@drawing("06_lean", "What training must keep for the backward pass", "The loop keeps a dropped-out copy of x for each A and a full-width product for each B. "
+         "Flattened, one dropped-out x and narrow vectors are kept. Lean keeps x itself, which q, k and v share, and one bit per number.", 860, 350)
+def lean():
+    for left, title in ((15, "loop over experts"), (300, "flattened"), (585, "lean")): yield panel(left, 15, 260, 320, title)
+    for left in (45, 330, 615): yield box(left, 112, 30, 120, "x", "frozen", 14, dash=True)
+    for i in range(3): yield box(95 + i*44, 112, 34, 120, f"drop\n{i+1}", "A", 11)
+    yield text(145, 196, "a dropped-out x for each A:\n(tokens × d_{in}) × M", 12, "A")
+    for j in range(4): yield box(50 + j*44, 258, 34, 70, f"B_{j+1}z", "B", 12)
+    yield text(232, 258, "…", 18) + text(145, 312, "a full-width product for each B:\n(tokens × d_{out}) × N", 12, "B")
+    yield box(380, 112, 34, 120, "drop", "A", 11) + box(420, 112, 14, 120, "", "A") + text(430, 196, "one dropped-out x and its mask:\ntokens × d_{in}", 12, "A")
+    yield box(345, 258, 22, 70, "z", "plain", 13) + box(390, 258, 50, 70, "w⊗z", "plain", 13) + text(430, 312, "only narrow ones:\nr and N·r numbers a token", 12)
+    yield box(655, 112, 5, 120, "", "A") + text(755, 92, "the mask, one bit a number;\ndropout is done again\nin the backward pass", 12, "A")
+    yield text(715, 196, "dashed: the routers read x anyway,\nand q, k and v share it", 12, "plain")
+    yield box(630, 258, 22, 70, "z", "plain", 13) + box(675, 258, 50, 70, "w⊗z", "plain", 13) + text(715, 312, "only narrow ones,\nas before", 12)
+
+
+@drawing("07_tuner", "Putting D2MoRA into a model", "PEFT walks through a model that it did not write and wraps each named linear layer; the other layers stay as they are.", 820, 350)
+def tuner():
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")
+    yield panel(15, 15, 220, 320, "any model") + panel(430, 15, 375, 320, "the same model, adapted")
+    for i, name in enumerate(layers):
+        y = 78 + i*55
+        yield box(125, y, 150, 38, name, "frozen", 14, mono=True)
+        if i > 2: yield box(520, y, 150, 38, name, "frozen", 14, mono=True) + text(610, y, "untouched", 12, "plain", "start")
+        else:
+            yield box(610, y, 330, 48, "", "plain") + box(520, y, 130, 34, name, "frozen", 14, mono=True) + text(594, y, "+", 16)
+            yield matrix(624, y, 34, 34, 14, "A", "A", 12) + matrix(664, y, 34, 14, 34, "B", "B", 12) + box(724, y, 64, 28, "routers", "router", 12)
+    yield arrow((245, 175), (420, 175), width=2.4) + text(332, 120, "get_peft_model\n(model, config)", 13, mono=True)
+    yield text(332, 215, "the config names\nthe layers to wrap", 12) + text(332, 262, "W frozen,\nonly A's, B's and\nrouters are trained", 12, "router")
+
+
+@drawing("08_data", "From text to a batch", "A prompt and its answer become tokens; a mask says which are graded; rows are padded to one length. "
+         "Too long a row is handled in one of three ways.", 860, 390)
+def data():
+    def strip(x, y, kinds, w=20, h=24): return "".join(box(x + i*(w+3), y, w, h, "", k, dash=(k == "plain")) for i, k in enumerate(kinds))
+    yield text(25, 40, "text", 13, anchor="start", bold=True) + box(255, 40, 290, 32, "Which is right? answer1 … answer2 …", "frozen", 13, mono=True) + box(535, 40, 245, 32, "the correct answer is answer2", "B", 12, mono=True)
+    yield text(690, 40, "prompt + answer", 12, "plain", "start") + arrow((400, 58), (400, 78))
+    yield text(25, 98, "tokens", 13, anchor="start", bold=True) + strip(122, 98, ["frozen"]*13) + strip(424, 98, ["B"]*8 + ["loss"]) + text(690, 98, "last: end of sequence", 12, "plain", "start")
+    yield text(25, 132, "graded?", 13, anchor="start", bold=True) + text(260, 132, "no (yes, when train_on_inputs)".replace("_", "\u005f"), 12, "plain", mono=True) + text(520, 132, "yes", 13, "B", bold=True)
+    yield text(25, 184, "batch", 13, anchor="start", bold=True)
+    for i, (pad, prompt, answer) in enumerate(((0, 13, 9), (6, 9, 7), (3, 11, 8))):
+        yield strip(122, 166 + i*27, ["plain"]*pad + ["frozen"]*prompt + ["B"]*(answer-1) + ["loss"], h=20)
+    yield text(690, 193, "dashed: padding,\nnever read, never graded", 12, "plain", "start")
+    yield f'<line x1="20" x2="840" y1="252" y2="252" stroke="#D8D8D8"/>' + text(25, 274, "a row longer than cutoff", 13, anchor="start", bold=True)
+    for i, (mode, kinds, say) in enumerate((("prompt", ["frozen"]*9 + ["B"]*8 + ["loss"], "the prompt is shortened, the answer stays (default)"),
+                                            ("skip", [], "the row is left out, and counted"),
+                                            ("published", ["frozen"]*13 + ["B"]*5, "the end is cut, and the answer with it"))):
+        yield text(25, 304 + i*30, mode, 13, anchor="start", mono=True) + strip(122, 304 + i*30, kinds, h=20) + text(548, 304 + i*30, say, 12, "plain", "start")
+    yield f'<line x1="532" x2="532" y1="288" y2="378" stroke="{INK}" stroke-dasharray="4 3"/>' + text(532, 278, "cutoff", 11)
+
+
+@drawing("09_train", "One training step", "A batch goes through the frozen model with its adapters; the loss on the graded tokens is backpropagated into the adapters only; "
+         "after all micro-batches the gradients are clipped, the orthogonality gradient is added, the optimizer and the schedule step.", 860, 250)
+def train():
+    yield box(80, 95, 110, 54, "micro-batch", "plain", 14) + arrow((135, 95), (172, 95))
+    yield box(275, 95, 200, 84, "", "frozen") + text(275, 72, "frozen model", 14) + matrix(235, 108, 40, 36, 16, "A", "A", 13) + matrix(280, 108, 40, 16, 36, "B", "B", 13) + box(334, 108, 56, 30, "routers", "router", 11)
+    yield arrow((375, 95), (412, 95)) + box(490, 95, 150, 54, "language-model loss\non graded tokens", "plain", 12) + arrow((565, 95), (602, 95))
+    yield box(690, 95, 170, 54, "backward: gradients\nof the adapters only", "plain", 12)
+    yield arrow((690, 68), (690, 38), (80, 38), (80, 66), dash=True) + text(385, 22, "repeat for each micro-batch (gradient accumulation)", 12)
+    yield arrow((690, 122), (690, 200), (650, 200)) + text(760, 165, "all added up", 12)
+    yield box(600, 200, 100, 48, "clip", "plain", 14) + arrow((550, 200), (512, 200), kind="loss") + box(435, 200, 150, 48, "+ λ ∇ loss_{orth}", "loss", 14)
+    yield arrow((360, 200), (322, 200)) + box(245, 200, 150, 48, "AdamW step", "router", 14) + arrow((170, 200), (142, 200)) + box(85, 200, 112, 48, "learning rate\nof the schedule", "plain", 12)
+    yield arrow((80, 176), (80, 124), dash=True) + text(92, 150, "next step", 12, anchor="start")
+
+
+@drawing("10_evaluate", "Two ways to grade", "Choice: the log-likelihood of each answer word after the prompt is summed and the largest wins. "
+         "Generate: the model writes, and a regular expression looks for an answer word; no match counts as wrong and is reported.", 860, 350)
+def evaluate():
+    yield panel(15, 15, 830, 150, "choice: which answer word does the model find most likely?")
+    yield box(105, 98, 140, 54, "prompt + “the\ncorrect answer is”", "plain", 12)
+    for i, (y, word, value, v) in enumerate(((62, "answer1", "−4.1", .35), (98, "answer2", "−0.7", .95), (134, "answer3", "−3.2", .5))):
+        yield arrow((175, 98), (223, y)) + box(270, y, 90, 26, word, "B", 12, mono=True) + arrow((315, y), (350, y)) + box(440, y, 170, 26, f"log p = {value}", "plain", 13)
+        yield f'<rect x="540" y="{y-7}" width="{v*90:.0f}" height="14" fill="{STROKE["B"] if i == 1 else STROKE["frozen"]}"/>'
+    yield text(685, 98, "largest wins: answer2", 13, anchor="start", bold=True)
+    yield panel(15, 180, 830, 155, "generate: what does it write?")
+    yield box(90, 258, 110, 48, "prompt", "plain", 13) + arrow((145, 258), (180, 258)) + box(235, 258, 100, 48, "model", "frozen", 14)
+    yield arrow((285, 258), (320, 258)) + box(425, 258, 200, 48, "the correct answer is\nanswer2", "plain", 12, mono=True) + arrow((525, 258), (562, 258))
+    yield box(635, 258, 140, 48, "first match of\nanswer1|…|answer5", "router", 12, mono=True)
+    yield arrow((705, 250), (728, 234)) + text(736, 230, "answer2", 13, anchor="start", mono=True) + arrow((705, 268), (728, 288), kind="loss") + text(736, 292, "no match: wrong,\nand counted", 12, "loss", "start")
+
+
+@drawing("11_diagnose", "What is looked at after training", "From a trained adapter and some text come the likeness of its experts, the routers' weights by task, a map of the experts, and alarms.", 860, 330)
+def diagnose():
+    yield box(95, 95, 140, 70, "trained adapter\nA's, B's, routers", "plain", 13) + box(95, 240, 140, 60, "rows of\neach task", "frozen", 13)
+    grid = lambda x, y, n, kind, values: "".join(f'<rect x="{x+(k%n)*20}" y="{y+(k//n)*20}" width="19" height="19" fill="{STROKE[kind]}" fill-opacity="{v}"/>' for k, v in enumerate(values))
+    yield panel(230, 15, 295, 145, "likeness of experts") + grid(262, 60, 3, "A", (1, .3, .1, .3, 1, .2, .1, .2, 1)) + grid(392, 55, 4, "B", (1, .8, .6, .1, .8, 1, .7, .1, .6, .7, 1, .2, .1, .1, .2, 1))
+    yield text(292, 132, "A's", 13, "A") + text(432, 146, "B's", 13, "B") + arrow((165, 85), (228, 85))
+    yield panel(545, 15, 300, 145, "map of experts (t-SNE)") + "".join(f'<circle cx="{x}" cy="{y}" r="5" fill="{STROKE[k]}"/>' for x, y, k in
+          ((600, 75, "A"), (618, 88, "A"), (595, 96, "A"), (700, 120, "A"), (714, 108, "A"), (722, 124, "A"), (770, 65, "B"), (782, 78, "B"), (764, 82, "B"), (650, 132, "B"), (664, 138, "B"))) + arrow((525, 90), (543, 90), head=False, dash=True)
+    yield panel(230, 175, 295, 140, "routers' weights by task") + arrow((165, 110), (200, 110), (200, 235), (228, 235)) + arrow((165, 250), (228, 250))
+    for i, w in enumerate(((.9, .3, .2), (.3, .8, .3), (.5, .4, .6), (.2, .3, .9))): yield bars(278 + i*66, 282, w, scale=66, w=12) + text(278 + i*66, 297, f"task {i+1}", 11, "plain")
+    yield panel(545, 175, 300, 140, "alarms") + text(565, 245, "experts that became copies\na router that sends all to one\nexperts that never get weight\na loss that is not a number", 13, "loss", "start") + arrow((525, 245), (543, 245), head=False, dash=True)
+
+
+@drawing("12_compare", "A comparison", "One recipe is run with each method and each seed on the same data; each run is trained and graded; the table has mean and spread, and paired tests compare methods row by row.", 860, 330)
+def compare():
+    yield box(85, 150, 130, 76, "one recipe:\nsame base, data,\nsteps, parameters", "plain", 12)
+    methods = (("LoRA", "frozen"), ("one-to-one", "A"), ("one-to-many", "B"), ("D2MoRA", "router"))
+    for i, (name, kind) in enumerate(methods):
+        y = 75 + i*58
+        yield arrow((150, 150), (188, y)) + box(245, y, 110, 36, name, kind, 13)
+        for s in range(3): yield box(340 + s*42, y, 36, 32, f"s{s}", kind, 12)
+        yield arrow((445, y), (486, y))
+    yield text(382, 32, "seeds 0, 1, 2:\neach is a whole run", 12)
+    yield panel(490, 30, 165, 250, "mean ± std") + panel(690, 30, 155, 250, "paired tests")
+    for i, (mean, spread) in enumerate(((62, 14), (66, 22), (59, 12), (65, 18))):
+        y = 75 + i*58
+        x = 500 + mean*1.4
+        yield arrow((x - spread, y), (x + spread, y), head=False) + f'<circle cx="{x:g}" cy="{y}" r="6" fill="{STROKE[methods[i][1]]}"/>'
+    yield arrow((655, 155), (688, 155)) + text(767, 150, "the same test rows\nunder two methods:\nright / wrong,\n\nis the difference\nmore than chance?", 12)
+    yield text(430, 308, "one seed proves nothing: the spread between seeds is part of the result", 12, "loss")
+
+
+def main():
+    "Write all drawings, and remove none: other images may live in the folder."
+    IMAGES.mkdir(exist_ok=True)
+    for name in DRAWINGS: (IMAGES / f"{name}.svg").write_text(svg(name), encoding="utf-8")
+    print(f"{len(DRAWINGS)} drawings in {IMAGES}")
+
+
+if __name__ == "__main__": main()
