@@ -1,3 +1,24 @@
 """D2MoRA: asymmetric mixtures of LoRA experts with dual orthogonality, as a PEFT method."""
 
 __version__ = "0.1.0"
+
+from d2mora.orthogonality import attach_orthogonality, orthogonality_loss
+from d2mora.tuner import D2MoraConfig, D2MoraModel, convert_official_checkpoint
+
+__all__ = [
+    "D2MoraConfig",
+    "D2MoraModel",
+    "D2MoraTrainer",
+    "attach_orthogonality",
+    "convert_official_checkpoint",
+    "orthogonality_loss",
+]
+
+
+def __getattr__(name):
+    "Import the trainer, which needs datasets, only where it is asked for."
+    if name == "D2MoraTrainer":
+        from d2mora.train import D2MoraTrainer
+
+        return D2MoraTrainer
+    raise AttributeError(f"module 'd2mora' has no attribute '{name}'")

@@ -1,0 +1,101 @@
+"""The layer and the loss against recordings of the published code (facts of the method: see 04 and 05)."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import d2mora
+from d2mora.lora import project_down, project_up
+from d2mora.orthogonality import similarity
+from d2mora.routers import many_to_many, route
+
+
+@pytest.fixture(params=["m3n8r8", "m4n3r16"])
+def golden(request, shared):
+    with safe_open(shared / "golden" / f"{request.param}.safetensors", "pt") as f:
+        return f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
+
+
+def stacked(gold, prefix=""):
+    "The published tensors in our storage, as leaves that require gradients."
+    parts = {k.removeprefix(prefix): v for k, v in gold.items() if k.startswith(f"{prefix}lora_")}
+    count = {kind: sum(k.startswith(f"lora_{kind}.") for k in parts) for kind in "AB"}
+    A = torch.stack([parts[f"lora_A.{i}.weight"] for i in range(count["A"])])
+    B = torch.stack([parts[f"lora_B.{j}.weight"].T for j in range(count["B"])]).contiguous()
+    return dict(A=A, B=B, down=parts["lora_route1.weight"], up=parts["lora_route2.weight"])
+
+
+def run(meta, gold, similarity=similarity, route=route):
+    "Everything the recording holds, computed by our functions: outputs, weights, z, gradients."
+    p = {k: v.clone().requires_grad_() for k, v in stacked(gold).items()}
+    x, seen = gold["x"].clone().requires_grad_(), {}
+
+    def weigh(side, v):
+        seen[side], seen["z"] = route(v, p[side]), v
+        return seen[side]
+
+    e = many_to_many(lambda v: project_down(v, p["A"]), lambda v: weigh("down", v), lambda v: weigh("up", v), x)
+    y = gold["base_out"] + float(meta["lora_alpha"]) / int(meta["r"]) * project_up(e, p["B"])
+    base = x @ gold["base.weight"].T  # only for the gradient of x, which flows through the frozen layer too
+    orth = similarity(p["A"]), similarity(p["B"])
+    ((y + base - base.detach()) * gold["grad_out"]).sum().add(float(meta["orth_weight"]) * sum(orth)).backward()
+    return dict(y=y, z=seen["z"], weight_down=seen["down"], weight_up=seen["up"], orth_A=orth[0], orth_B=orth[1]), p, x
+
+
+def relative(a, b):
+    return (a - b).norm() / b.norm()
+
+
+def mismatches(golden, **functions):
+    meta, gold = golden
+    out, p, x = run(meta, gold, **functions)
+    grads, expected = {k: v.grad for k, v in p.items()}, stacked(gold, "grad.")
+    wrong = [k for k, v in out.items() if not torch.allclose(v, gold[k], rtol=1e-5, atol=1e-5)]
+    wrong += [f"grad.{k}" for k in p if relative(grads[k], expected[k]) > 1e-4]
+    return wrong + ["grad.x"] * bool(relative(x.grad, gold["grad.x"]) > 1e-4)
+
+
+def test_outputs_and_all_gradients_match(golden):
+    assert mismatches(golden) == []
+
+
+def test_a_wrong_loss_or_router_is_noticed(golden):
+    "The check can fail: a loss that is twice as large shows in the gradients, a router without softmax everywhere."
+    assert {"grad.A", "grad.B"} & set(mismatches(golden, similarity=lambda W: 3000 * similarity(W)))
+    assert "y" in mismatches(golden, route=lambda v, R: torch.sigmoid(v @ R.T))
+
+
+def test_loss_is_part_of_the_recorded_gradients(golden):
+    "Without the loss the gradients of B miss the recording by more than rounding."
+    meta, gold = golden
+    _, p, _ = run({**meta, "orth_weight": "0"}, gold)
+    with_loss = {k: v.grad for k, v in run(meta, gold)[1].items()}
+    for k in "AB":
+        error = relative(with_loss[k], stacked(gold, "grad.")[k])
+        assert error < relative(p[k].grad, stacked(gold, "grad.")[k])
+
+
+def test_checkpoint_through_peft(golden):
+    import peft
+
+    meta, gold = golden
+    published = {f"base_model.model.proj.{k}": v for k, v in gold.items() if k.startswith("lora_")}
+    config, weights = d2mora.convert_official_checkpoint(published, lora_alpha=float(meta["lora_alpha"]), task_type=None)
+    net = torch.nn.ModuleDict({"proj": torch.nn.Linear(gold["x"].shape[-1], gold["y"].shape[-1], bias="base.bias" in gold)})
+    net.proj.load_state_dict({k[5:]: v for k, v in gold.items() if k.startswith("base.")})
+    model = peft.get_peft_model(net, config)
+    peft.set_peft_model_state_dict(model, weights)
+    torch.testing.assert_close(model.base_model.model.proj(gold["x"]), gold["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("drop", ["lora_A.1.weight", "lora_B.0.weight", "lora_route1.weight"])
+def test_incomplete_checkpoint_is_refused(golden, drop):
+    _, gold = golden
+    published = {f"base_model.model.proj.{k}": v for k, v in gold.items() if k.startswith("lora_") and k != drop}
+    with pytest.raises(ValueError, match=drop.removesuffix(".weight").replace(".", r"\.")):
+        d2mora.convert_official_checkpoint(published, lora_alpha=16)
+
+
+def test_checkpoint_without_our_keys_is_refused():
+    with pytest.raises(ValueError, match="no published D2MoRA parameters"):
+        d2mora.convert_official_checkpoint({"model.embed_tokens.weight": torch.zeros(2)}, lora_alpha=16)
