@@ -1,10 +1,10 @@
 # Each target installs first where .venv is missing or older than its pins. GNU make, Python 3.11 or newer.
 SHELL := /bin/bash
 export D2MORA_SHARED := $(abspath $(or $(D2MORA_SHARED),../shared))
-export HF_HUB_OFFLINE ?= 1
 BIN := .venv/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+test nbmake: export HF_HUB_OFFLINE = 1
 .PHONY: install test roundtrip nbmake lab lab-check notebooks docs readme drawings demo base
 
 install: .venv/installed                     ## .venv with the pinned working set, and d2mora in place
@@ -47,4 +47,4 @@ demo: install                                ## train, grade and draw on the emb
 	$(BIN)/d2mora demo
 
 base: install                                ## make the embedded toy base again from its seed (10 to 20 minutes)
-	$(BIN)/python scripts/pretrain_base.py
+	$(BIN)/python nbs/pretrain_base.py

@@ -1,0 +1,46 @@
+"""README.md from nbs/index.ipynb, by pandoc, and by nothing else.
+
+usage: python scripts/readme.py [--check]     (--check: only say whether README.md is up to date)
+"""
+import re, subprocess, sys
+from pathlib import Path
+
+import nbformat, pypandoc
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cell_markdown(cell: dict   # a notebook's cell
+                  ) -> str:    # markdown; empty for a hidden cell
+    "Markdown as it is; code in a fence, its text outputs in another."
+    if cell.cell_type == "markdown": return cell.source
+    if cell.cell_type != "code" or re.search(r"^#\|\s*(hide|default_exp)\b", cell.source, re.M): return ""
+    source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
+    parts = [f"```python\n{source}\n```"]
+    for out in cell.outputs:
+        if out.output_type == "stream" and out.name == "stderr": continue
+        data = out.get("data", {})
+        if any(k.startswith("image/") for k in data): raise SystemExit("readme: index.ipynb has a picture among its outputs, which a README cannot show: put a drawing into a markdown cell")
+        text = out.get("text") or data.get("text/markdown") or data.get("text/plain", "")
+        parts.append(text if "text/markdown" in data else f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts)
+
+
+def readme(index: Path  # index.ipynb
+           ) -> str:    # text of README.md
+    "All cells through pandoc; links and pictures point into nbs/."
+    text = "\n\n".join(filter(None, map(cell_markdown, nbformat.read(index, 4).cells)))
+    command = [pypandoc.get_pandoc_path(), "-f", "gfm", "-t", "gfm", "--wrap=preserve"]
+    out = subprocess.run(command, input=text, capture_output=True, text=True, check=True, timeout=60).stdout
+    out = re.sub(r'(\]\(|src="|href=")(?=images/|[\w-]+\.ipynb)', r"\1nbs/", out)
+    return "<!-- Written by `make readme` from nbs/index.ipynb: edit that. -->\n\n" + out
+
+
+def main():
+    "Write, or compare and say what to do."
+    path, text = ROOT / "README.md", readme(ROOT / "nbs" / "index.ipynb")
+    if "--check" not in sys.argv: path.write_text(text, encoding="utf-8")
+    elif not path.exists() or path.read_text(encoding="utf-8") != text: raise SystemExit("readme: README.md is not what nbs/index.ipynb gives: run make readme")
+
+
+if __name__ == "__main__": main()
