@@ -1,0 +1,54 @@
+"""Models that tests adapt, and the two habits of every behaviour test: fill the adapter, see that it acts."""
+
+import peft
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import d2mora
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+PAIRS = {"many-to-many": (3, 8), "one-to-many": (1, 4), "one-to-one": (4, 4)}
+
+
+def tiny_llama(dtype=torch.float32, **changes):
+    "Two blocks, grouped-query attention, random weights; the same each time."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+        config = LlamaConfig(**{**sizes, "num_key_value_heads": 2, "max_position_embeddings": 256, **changes})
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def our_config(pairing="many-to-many", **fields):
+    M, N = PAIRS[pairing]
+    given = dict(pairing=pairing, num_down_experts=M, num_up_experts=N, target_modules=QKV, task_type="CAUSAL_LM")
+    return d2mora.D2MoraConfig(**{**given, **fields})
+
+
+def fill(model, seed=1, std=0.3, adapter=""):
+    "Give every adapter tensor random values: a fresh adapter has B = 0 and hides every fault."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, p in model.named_parameters():
+            if "d2mora_" in name and name.endswith(adapter):
+                nn.init.normal_(p, std=std)
+    return model
+
+
+def adapted(base=None, pairing="many-to-many", **fields):
+    "An adapted tiny LLaMA whose logits differ from the base's by more than 1e-2."
+    base = tiny_llama() if base is None else base
+    ids = tokens()
+    before = base(ids).logits.detach()
+    model = fill(peft.get_peft_model(base, our_config(pairing, **fields))).eval()
+    assert difference(model(ids).logits, before) > 1e-2
+    return model
+
+
+def tokens(rows=2, length=12, seed=3):
+    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def difference(a, b):
+    return (a.float() - b.float()).abs().max().item()
