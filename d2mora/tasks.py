@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['TASKS', 'PROMPT_STYLES', 'ANSWER_PREFIX', 'RELATIONS', 'SIZES', 'TOY_WORLDS', 'TOY_TASKS', 'TOY_SHIFTED', 'TOY_ROWS',
            'Task', 'row_answers', 'training_prompt', 'evaluation_prompt', 'parse_answer', 'score_options', 'Relation',
-           'ToyWorld', 'toy_world', 'Question', 'toy_questions', 'facts_asked', 'toy_rows']
+           'ToyWorld', 'toy_world', 'Question', 'toy_questions', 'toy_rows', 'toy_base']
 
-# %% ../nbs/00_tasks.ipynb #4d380f1f
+# %% ../nbs/00_tasks.ipynb #d83ab8dd
 import random, re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from hashlib import sha256
+from importlib.resources import files
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -120,19 +123,20 @@ def _option_tokens(tokenizer, prompt, option):
         raise ValueError(f"option {option!r} after prompt {prompt[-40:]!r}: needs at least one token each")
     return torch.tensor(coded["input_ids"]), graded
 
-# %% ../nbs/00_tasks.ipynb #a13366fe
+# %% ../nbs/00_tasks.ipynb #35224420
 @torch.no_grad()
-def _graded_logprobs(model, ids, graded):
-    "Log-probabilities of the last `max(graded)` tokens of each row: (rows, max(graded)), one forward."
-    device, keep = next(model.parameters()).device, max(graded)
-    batch = pad_sequence(ids, batch_first=True, padding_side="left").to(device)             # (rows, T)
-    mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left").to(device)
+def _last_logprobs(model, rows, keep):
+    "Log-probabilities after each of the last `keep` tokens of each row of ids: (rows, keep, V), one forward."
+    device = next(model.parameters()).device
+    batch = pad_sequence(rows, batch_first=True, padding_side="left").to(device)            # (rows, T)
+    mask = pad_sequence([torch.ones_like(i) for i in rows], batch_first=True, padding_side="left").to(device)
     position = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = model(input_ids=batch, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=keep + 1)
-    logp = out.logits[:, -keep - 1:-1].float().log_softmax(-1)                              # (rows, keep, V)
-    return logp.gather(-1, batch[:, -keep:, None]).squeeze(-1)
+    out = model(input_ids=batch, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=keep)
+    return out.logits[:, -keep:].float().log_softmax(-1).cpu()
 
-# %% ../nbs/00_tasks.ipynb #43fce808
+def _modes(model): return [(m, m.training) for m in model.modules()]
+
+# %% ../nbs/00_tasks.ipynb #d8febc49
 def score_options(
     model: nn.Module,          # a causal language model of transformers, with or without an adapter
     tokenizer,                 # its (fast) tokenizer
@@ -143,12 +147,14 @@ def score_options(
     "Log-likelihood of each option after its prompt: one batched forward, dropout off, model left as found."
     pairs = [_option_tokens(tokenizer, p, o) for p, os in zip(prompts, options, strict=True) for o in os]
     if not pairs: return [torch.empty(0) for _ in prompts]
-    ids, graded = zip(*pairs)
-    modes = [(m, m.training) for m in model.modules()]
-    try: logp = _graded_logprobs(model.eval(), ids, graded).cpu()
+    rows = {}                                                                                # fed tokens -> row number
+    where = [rows.setdefault(tuple(ids[:-1].tolist()), len(rows)) for ids, _ in pairs]
+    modes = _modes(model)
+    try: logp = _last_logprobs(model.eval(), [torch.tensor(r) for r in rows], max(n for _, n in pairs))
     finally:
         for module, training in modes: module.training = training
-    sums = torch.stack([row[len(row) - n:].sum() / (n if mean else 1) for row, n in zip(logp, graded)])
+    picked = [logp[w, -n:].gather(-1, ids[-n:, None]) for w, (ids, n) in zip(where, pairs)]  # (graded tokens, 1) each
+    sums = torch.stack([p.mean() if mean else p.sum() for p in picked])
     return list(sums.split([len(os) for os in options]))
 
 # %% ../nbs/00_tasks.ipynb #0a78aa18
@@ -312,15 +318,6 @@ def toy_questions(
     if len(questions) < rows: raise ValueError(f"{name}/{task}/{split}: only {len(questions)} different questions, not {rows}")
     return rng.sample(list(questions), rows)
 
-# %% ../nbs/00_tasks.ipynb #71b71d1b
-def facts_asked(
-    name: str,   # one of `TOY_WORLDS`
-    split: str,  # train or test
-    world: ToyWorld | None = None,
-) -> set:        # facts (thing, relation)
-    "Every fact that some question of the split needs, over all tasks."
-    return set().union(*(q.facts for task in TASKS for q in toy_questions(name, task, split, world=world)))
-
 # %% ../nbs/00_tasks.ipynb #389956ad
 _ASK = "Please choose the correct answer to the question: {}?"
 _HEADS = {"boolq": "Please answer the following question with true or false, question: is it so that {}?",
@@ -349,3 +346,17 @@ def toy_rows(
 ) -> list[dict]:              # instruction, input, output, answer
     "Toy questions as data rows."
     return [_row(q) for q in toy_questions(name, task, split, rows, seed, world)]
+
+# %% ../nbs/00_tasks.ipynb #799c3f42
+def toy_base(
+    assets: str | Path | None = None,  # folder that holds toy-base/ and toy.sha256; default: inside the package
+) -> str:                              # a folder for `from_pretrained`
+    "The folder of the embedded base, checked file by file against its committed hashes."
+    assets = Path(assets or files("d2mora") / "assets")
+    for line in (assets / "toy.sha256").read_text().splitlines():
+        digest, name = line.split()
+        if not name.startswith("toy-base/"): continue
+        held = sha256((assets / name).read_bytes()).hexdigest() if (assets / name).is_file() else None
+        if held != digest:
+            raise ValueError(f"{assets / name} is {'damaged' if held else 'missing'}: install d2mora again, or make the base anew with `make base`")
+    return str(assets / "toy-base")
