@@ -2,11 +2,8 @@
 
 usage: python scripts/docs.py [FOLDER]     (default _docs)
 """
-import html, os, re, shutil, subprocess, sys, tempfile, warnings
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+import html, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
-from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -17,36 +14,48 @@ NBS, PROC, HERE = ROOT / "nbs", ROOT / "_proc", Path(__file__).parent
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*)\n?", re.M)
 
 
-# ---- nbdev's processing: show_doc cards, hidden cells, links to names; outputs stay the stored ones ----
+# ---- nbdev's processing: titles, hidden cells, links to names; outputs stay the stored ones and nothing is run ----
+def show_exports(nb: dict  # a notebook
+                 ) -> None:
+    "Keep exported functions, each under a heading with its name, instead of nbdev's cards: here the code is the text."
+    from execnb.nbio import NbCell, dict2nb, mk_cell
+    cells = []
+    for cell in nb.cells:
+        names = re.findall(r"^(?:def|class) (\w+)", cell.source, re.M) if cell.cell_type == "code" and re.match(r"#\|\s*export", cell.source) else []
+        public = [n for n in names if not n.startswith("_")]
+        if public: cells.append(mk_cell("### " + ", ".join(f"{n}" for n in public) + f" {{#{public[0]} .export}}\n\n" + "".join(f"[]{{#{n}}}" for n in public[1:]), "markdown"))
+        if names: cell.source = re.sub(r"^#\|\s*export\s*$", "#| exports", cell.source, flags=re.M)
+        cells.append(cell)
+    nb.cells = dict2nb(cells=cells).cells
+
+
 def process_notebook(path: Path,  # a notebook of nbs/
                      proc: Path   # folder of processed notebooks
                      ) -> None:
-    "Process one notebook; the source of exported functions is shown, as with nbdev's `exports`: here the code is the text."
+    "One notebook through nbdev's own steps, without those that run code."
     from execnb.nbio import read_nb, write_nb
+    from nbdev.process import NBProcessor
     from nbdev.processors import FilterDefaults
-    warnings.filterwarnings("ignore", message="Found cells containing imports")
-    os.chdir(NBS)
-    sys.path.insert(0, str(NBS))
     nb = read_nb(path)
-    for cell in nb.cells:
-        if cell.cell_type == "code" and re.search(r"^(def|class|@)", cell.source, re.M): cell.source = re.sub(r"^#\|\s*export\s*$", "#| exports", cell.source, flags=re.M)
-    FilterDefaults()(nb)
+    show_exports(nb)
+    steps = [p for p in FilterDefaults().base_procs() if p.__name__ not in ("add_show_docs", "exec_show_docs", "mv_exports")]
+    NBProcessor(nb=nb, procs=steps).process()
     write_nb(nb, proc / path.name)
 
 
 def process(paths: list,  # notebooks
             proc: Path    # folder to fill
             ) -> None:
-    "Process the notebooks on two workers, and put beside them what they show."
+    "Process the notebooks, and put beside them what they show."
     import nbdev.doclinks, nbdev.quarto
-    os.chdir(ROOT)
+    os.chdir(ROOT)  # where nbdev finds settings.ini
     shutil.rmtree(proc, ignore_errors=True)
     proc.mkdir(parents=True)
     nbdev.quarto.refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     for name in ("_quarto.yml", "nbdev.yml"): shutil.copy(NBS / name, proc / name)
     shutil.copytree(NBS / "images", proc / "images")
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool: list(pool.map(partial(process_notebook, proc=proc), paths))
+    for path in paths: process_notebook(path, proc)
 
 
 # ---- a processed notebook as pandoc's markdown ----
