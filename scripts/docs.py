@@ -23,7 +23,7 @@ def show_exports(nb: dict  # a notebook
     for cell in nb.cells:
         names = re.findall(r"^(?:def|class) (\w+)", cell.source, re.M) if cell.cell_type == "code" and re.match(r"#\|\s*export", cell.source) else []
         public = [n for n in names if not n.startswith("_")]
-        if public: cells.append(mk_cell("### " + ", ".join(f"{n}" for n in public) + f" {{#{public[0]} .export}}\n\n" + "".join(f"[]{{#{n}}}" for n in public[1:]), "markdown"))
+        if public: cells.append(mk_cell("### " + ", ".join(public) + f" {{#{public[0].lower()} .export}}\n\n" + "".join(f"[]{{#{n.lower()}}}" for n in public[1:]), "markdown"))
         if names: cell.source = re.sub(r"^#\|\s*export\s*$", "#| exports", cell.source, flags=re.M)
         cells.append(cell)
     nb.cells = dict2nb(cells=cells).cells

@@ -66,7 +66,8 @@ def open_page(page,         # of the browser
         except Exception: return False
     wait_for("JupyterLab's server", answers, 60)
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
+    page.get_by_text("| Idle").wait_for(timeout=60_000)  # in the status bar: the kernel is there
+    page.wait_for_timeout(1000)
 
 
 def run_all(page,             # with the notebook open
