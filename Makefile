@@ -23,7 +23,7 @@ roundtrip: install                           ## nbdev_export and nbdev_clean cha
 	$(BIN)/python scripts/roundtrip.py
 
 nbmake: install                              ## every notebook in a kernel of its own
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbmake --nbmake-timeout=300 nbs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --nbmake --nbmake-timeout=300 nbs
 
 lab: install                                 ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs
