@@ -77,7 +77,7 @@ def row_problem(
         return f"field 'output' does not contain the answer '{row['answer']}' first: {row['output'][:60]!r}"
     return ""
 
-# %% ../nbs/08_data.ipynb #0c867461
+# %% ../nbs/08_data.ipynb #03afa867
 def file_problem(
     path: Path,  # a .json or .json.gz that could not be read as a table
 ) -> str:        # what is wrong, with row and field where they can be named
@@ -117,6 +117,7 @@ def read_file(
     except Exception as error:
         problem = file_problem(path) or str(error).splitlines()[0]
         raise ValueError(f"{path}: {problem}; mend the file or leave its task out of data.tasks") from error
+    if "instruction" not in rows.column_names: raise ValueError(f"{path}: {file_problem(path) or 'row 0: the field instruction is missing'}")
     return rows.select_columns([c for c in rows.column_names if c in ("instruction", "input", "output", "answer")])
 
 # %% ../nbs/08_data.ipynb #7cc35736
@@ -146,7 +147,7 @@ def find_file(
     raise ValueError(f"{path/task}: no {split}.json or {split}.json.gz; put it there or leave {task} out"
                      f" (with {split} files here: {', '.join(there) or 'none'})")
 
-# %% ../nbs/08_data.ipynb #2b2216ec
+# %% ../nbs/08_data.ipynb #93e0e846
 def mixed_rows(
     path: Path,        # commonsense_170k.json
     tasks: list[str],  # the tasks wanted
@@ -170,9 +171,11 @@ def check_rows(
     "Raise a ValueError for the first row that cannot be trained on and graded."
     for i, row in enumerate(rows.to_list()):
         problem = row_problem(row, task or row["task"])
-        if problem: raise ValueError(f"{where}: row {i}: {problem}")
+        if problem:  # a field that is no text may have been read as something else: ask the file itself
+            raw = file_problem(where) if isinstance(where, Path) else ""
+            raise ValueError(f"{where}: " + (raw or f"row {i}: {problem}"))
 
-# %% ../nbs/08_data.ipynb #07191c9e
+# %% ../nbs/08_data.ipynb #2ec6e307
 def read_task(
     path: str,    # folder of tasks, or a toy world
     task: str,    # one of the eight
@@ -199,7 +202,7 @@ def read_rows(
     if Path(path).is_file():
         if split != "train": raise ValueError(f"{path}: one mixed file has no {split} rows: give a folder with one folder a task")
         rows = mixed_rows(Path(path), tasks)
-        check_rows(rows, path)
+        check_rows(rows, Path(path))
         return rows
     return datasets.concatenate_datasets([read_task(path, task, split) for task in tasks])
 

@@ -365,7 +365,7 @@ def differences(
     both = [isinstance(old.get(k), dict) and isinstance(new.get(k), dict) for k in keys]
     return [name for k, deep in zip(keys, both) for name in (differences(old[k], new[k], f"{prefix}{k}.") if deep else [f"{prefix}{k}"])]
 
-# %% ../nbs/09_train.ipynb #d172476c
+# %% ../nbs/09_train.ipynb #32f691a5
 def training_arguments(
     recipe: Recipe,  # its `training:` section
     output: Path,    # the run folder
@@ -375,7 +375,7 @@ def training_arguments(
     validates = recipe.data.validation_rows > 0
     if recipe.training.get("eval_strategy", "no") != "no" and not validates:
         raise ValueError(f"training.eval_strategy={recipe.training['eval_strategy']} needs data.validation_rows of 1 or more")
-    quiet = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+    quiet = {"report_to": "none", "disable_tqdm": False, "dataloader_pin_memory": torch.cuda.is_available()}
     ours = {"output_dir": str(output/"checkpoints"), "remove_unused_columns": False, "eval_on_start": validates and not resumed}
     try: return TrainingArguments(**quiet | recipe.training | ours)
     except (ValueError, TypeError, ImportError, RuntimeError) as error: raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,87 @@
+"""The main job in a short form: real rows, a real base, the real commands; the loss on held-out answers falls."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from d2mora.data import read_task
+from d2mora.tasks import TASKS
+from d2mora.train import load_recipe, validation_losses
+
+TRAINED = [task for task in TASKS if task != "hellaswag"]
+
+
+def d2mora(*args):
+    "Run the command in a process of its own; its stdout."
+    env = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "d2mora.cli", *map(str, args)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    "The first 160 train rows and 16 test rows of each task, as files."
+    from conftest import SHARED
+
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}: set D2MORA_SHARED")
+    folder = tmp_path_factory.mktemp("data")
+    for task in TASKS:
+        (folder / task).mkdir()
+        for split, n in (("train", 160), ("test", 16)):
+            if (task, split) != ("hellaswag", "train"):
+                rows = read_task(str(SHARED / "data"), task, split).remove_columns("task").to_list()
+                (folder / task / f"{split}.json").write_text(json.dumps(rows[-n:] if task == "hellaswag" else rows[:n]))
+    return folder, SHARED / "models/stories260K"
+
+
+def trained(data, output, *more):
+    short = ["training.max_steps=30", "training.warmup_steps=5", "training.per_device_train_batch_size=8", "data.validation_rows=280",
+             "training.save_strategy=no"]
+    d2mora("train", "commonsense-mini", f"base={data[1]}", f"data.path={data[0]}", *short, *more, "--output", output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    return trained(data, tmp_path_factory.mktemp("runs") / "mini")
+
+
+def falls(run):
+    "How far the loss on held-out answers fell, against the frozen base, in nats per graded token."
+    return {task: before - after for task, (before, after) in validation_losses(run).items()}
+
+
+def test_held_out_loss_falls_on_each_trained_task(run):
+    assert set(falls(run)) == set(TRAINED) and all(fall > 0.3 for fall in falls(run).values()), falls(run)
+
+
+def test_without_learning_it_does_not(data, tmp_path):
+    still = falls(trained(data, tmp_path / "still", "training.learning_rate=0", "training.max_steps=2"))
+    assert set(still) == set(TRAINED) and all(abs(fall) < 1e-6 for fall in still.values()), still
+
+
+def test_all_eight_tasks_are_graded_and_cut_prompts_counted(run, data):
+    out = d2mora("evaluate", run, "--data", data[0])
+    result = json.loads((run / "evaluation-choice.json").read_text())
+    assert list(result["tasks"]) == list(TASKS) and all(t["n"] == 16 for t in result["tasks"].values())
+    assert result["tasks"]["hellaswag"]["shortened"] > 0 and "hellaswag" in out and "D2MoRA" in out
+    base = json.loads(d2mora_base(data))
+    for task in TASKS:  # on the test sets, too, the right word's loss falls
+        assert result["tasks"][task]["answer_loss"] < base[task], task
+
+
+def d2mora_base(data):
+    "Each task's answer loss of the frozen base, as JSON."
+    from d2mora.evaluate import evaluate
+
+    return json.dumps({task: t["answer_loss"] for task, t in evaluate(base=str(data[1]), data=str(data[0]))["tasks"].items()})
+
+
+def test_the_recipe_of_the_run_is_resolved(run, data):
+    recipe = load_recipe(run / "recipe.yaml")
+    assert recipe.base == str(data[1]) and recipe.data.path == str(data[0]) and recipe.data.tasks == TRAINED

@@ -1,0 +1,159 @@
+"""Runs as processes leave them, and recipes as people write them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from d2mora.train import load_recipe, read_metrics, read_recipe, recipe_names, train, validation_losses
+
+SMALL = {"data.tasks": ["boolq"], "data.validation_rows": 16, "training.max_steps": 6, "training.per_device_train_batch_size": 4,
+         "training.logging_steps": 1, "training.save_steps": 2, "training.use_cpu": True, "training.disable_tqdm": True}
+
+
+def weights(run):
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_built_in_recipes_are_complete(tmp_path):
+    assert {"demo", "demo-hard", "commonsense-mini"} <= set(recipe_names())
+    for name in recipe_names():
+        recipe = load_recipe(name, {"base": "toy", "data.path": "toy"})
+        assert recipe.adapter["peft_type"] and recipe.data.tasks
+
+
+def test_commonsense_mini_is_the_main_jobs_recipe():
+    recipe = load_recipe("commonsense-mini", ["base=toy", "data.path=toy"])
+    assert len(recipe.data.tasks) == 7 and "hellaswag" not in recipe.data.tasks
+    assert recipe.adapter["target_modules"] == ["q_proj", "k_proj", "v_proj"] and recipe.adapter["peft_type"] == "D2MORA"
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
+    (tmp_path / "own.yaml").write_text("base: toy\ndata: {path: toy}\ntraining: {learning_rate: 3e-4}\nadapter: {orthogonality_weight: 1e-4, target_modules: [q_proj]}")
+    assert read_recipe(tmp_path / "own.yaml")["training"]["learning_rate"] == "3e-4"
+    recipe = load_recipe(tmp_path / "own.yaml", ["training.weight_decay=1e-2"])
+    assert (recipe.training["learning_rate"], recipe.training["weight_decay"], recipe.adapter["orthogonality_weight"]) == (3e-4, 1e-2, 1e-4)
+
+
+def test_the_environment_stands_in_for_a_missing_path(monkeypatch):
+    monkeypatch.setenv("D2MORA_DATA", "toy-hard")
+    assert load_recipe("commonsense-mini", ["base=toy"]).data.path == "toy-hard"
+    assert load_recipe("demo").data.path == "toy"
+
+
+def test_a_run_folder_can_be_read_back(tmp_path):
+    recipe = load_recipe("demo", SMALL)
+    run = train(recipe, tmp_path / "run")
+    assert load_recipe(run / "recipe.yaml") == recipe and yaml.safe_load((run / "recipe.yaml").read_text())["base"] == "toy"
+    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "adapter", "checkpoints", "metrics.jsonl"}
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"].endswith("toy-base") and config["peft_type"] == "D2MORA"
+    card = (run / "adapter" / "README.md").read_text().split("---\n", 2)[2].strip()
+    assert "import d2mora" in card.splitlines()[0]
+
+
+def test_metrics_tell_the_language_model_loss_and_both_parts_apart(tmp_path):
+    run = train(load_recipe("demo", SMALL | {"adapter.orthogonality_weight": 0.5, "training.learning_rate": 0}), tmp_path / "run")
+    lines = [line for line in read_metrics(run) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["orthogonality_down"] > 0 and line["orthogonality_up"] == 0 for line in lines)  # B = 0 stays
+    plain = train(load_recipe("demo", SMALL | {"adapter.orthogonality_weight": 0, "training.learning_rate": 0}), tmp_path / "plain")
+    assert [line["loss"] for line in lines] == [line["loss"] for line in read_metrics(plain) if "loss" in line]
+
+
+def test_lambda_moves_the_adapter(tmp_path):
+    runs = [train(load_recipe("demo", SMALL | {"adapter.orthogonality_weight": weight}), tmp_path / str(weight)) for weight in (0, 0.5)]
+    assert not same(weights(runs[0]), weights(runs[1]))
+
+
+@pytest.mark.parametrize("adapter", [
+    {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+    {"peft_type": "LORA", "r": 4, "use_dora": True, "target_modules": ["q_proj"]},
+    {"peft_type": "D2MORA", "pairing": "one-to-many", "num_down_experts": 1, "num_up_experts": 4, "target_modules": "all-linear"},
+    {"peft_type": "D2MORA", "pairing": "one-to-one", "num_down_experts": 3, "num_up_experts": 3, "target_modules": ["q_proj"]},
+])
+def test_every_adapter_of_peft_is_a_recipe(adapter, tmp_path):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"base": "toy", "adapter": adapter, "data": {"path": "toy", "cutoff": 128}}))
+    run = train(load_recipe(tmp_path / "own.yaml", SMALL | {"training.learning_rate": 0.01}), tmp_path / "run")
+    before, after = validation_losses(run)["boolq"]
+    assert after < before
+    assert ("orthogonality_up" in read_metrics(run)[-2]) == (adapter["peft_type"] == "D2MORA")
+
+
+def test_callbacks_are_called(tmp_path):
+    class Seen(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *args, **kwargs):
+            self.steps += 1
+
+    seen = Seen()
+    train(load_recipe("demo", SMALL), tmp_path / "run", callbacks=[seen])
+    assert seen.steps == 6
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
+    runs = [train(load_recipe("demo", SMALL | {"training.seed": seed}), tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert same(weights(runs[0]), weights(runs[1])) and not same(weights(runs[0]), weights(runs[2]))
+    assert (runs[0] / "metrics.jsonl").read_text() == (runs[1] / "metrics.jsonl").read_text()
+
+
+def begin(output, *overrides):
+    "Start `d2mora train` as a process of its own."
+    args = [f"{key}={json.dumps(value)}" for key, value in (SMALL | {"training.max_steps": 40, "training.save_steps": 4, "adapter.lora_dropout": 0.1}).items()]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, "-m", "d2mora.cli", "train", "demo", *args, "--output", str(output), *overrides],
+                            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_process_resumes_to_the_bit(tmp_path):
+    whole = begin(tmp_path / "whole")
+    killed = begin(tmp_path / "killed")
+    until = time.time() + 300
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint-8" / "trainer_state.json").exists() and time.time() < until:
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL), killed.wait()
+    assert not (tmp_path / "killed" / "adapter").exists()
+    out, err = begin(tmp_path / "killed", "--resume").communicate(timeout=300)
+    assert "go on from checkpoint-" in err, err
+    assert whole.wait(timeout=300) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "killed")
+
+
+def test_resume_refuses_another_recipe_and_accepts_a_finished_run(tmp_path, capsys):
+    recipe = load_recipe("demo", SMALL)
+    run = train(recipe, tmp_path / "run")
+    before = weights(run)
+    with pytest.raises(ValueError, match="adapter.r.*training.learning_rate"):
+        train(load_recipe("demo", SMALL | {"adapter.r": 2, "training.learning_rate": 1}), run, resume=True)
+    with pytest.raises(ValueError, match="no run to resume"):
+        train(recipe, tmp_path / "none", resume=True)
+    train(recipe, run, resume=True)
+    assert "finished" in capsys.readouterr().err and same(before, weights(run))
+
+
+def test_a_stopped_run_without_checkpoint_starts_again(tmp_path, capsys):
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    recipe = load_recipe("demo", SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", callbacks=[Stop()])
+    train(recipe, tmp_path / "run", resume=True)
+    assert "step 0" in capsys.readouterr().err
+    assert same(weights(tmp_path / "run"), weights(train(recipe, tmp_path / "other")))
