@@ -215,7 +215,13 @@ def update(
     x = layer._cast_input_dtype(x, layer.d2mora_A[name].dtype)
     return project_up(mixture(layer, name, x) * (config.lora_alpha / config.r), layer.d2mora_B[name])
 
-# %% ../nbs/07_tuner.ipynb #c3e76314
+# %% ../nbs/07_tuner.ipynb #d30274e9
+MERGE_REFUSED = (
+    "D2MoRA cannot be merged: its routers weigh the experts anew for each token, so no single matrix equals them. "
+    "Use unload() to take the adapter off; a static export to plain LoRA (`d2mora export`) is planned, not yet there"
+)
+
+
 class D2MoraLinear(nn.Module, BaseTunerLayer):
     "A frozen linear layer with one mixture of LoRA experts beside it for each adapter."
 
@@ -241,6 +247,9 @@ class D2MoraLinear(nn.Module, BaseTunerLayer):
             if name in self.d2mora_A:
                 result = result + update(self, name, x).to(result.dtype)
         return result
+
+    def merge(self, *args, **kwargs):
+        raise ValueError(MERGE_REFUSED)
 
 # %% ../nbs/07_tuner.ipynb #ae40eac4
 def features(
@@ -305,11 +314,7 @@ def warn_if_inert(
     if moved or applied:
         tuner._watch.remove()
 
-# %% ../nbs/07_tuner.ipynb #af210449
-MERGE_REFUSED = (
-    "D2MoRA cannot be merged: its routers weigh the experts anew for each token, so no single matrix equals them. "
-    "Use unload() to take the adapter off; a static export to plain LoRA (`d2mora export`) is planned, not yet there"
-)
+# %% ../nbs/07_tuner.ipynb #4e76a4ef
 TARGETS = {model: [*t, "k_proj"] if {"q_proj", "v_proj"} <= set(t) else t for model, t in LORA_TARGETS.items()}
 
 
