@@ -12,26 +12,26 @@ from torch import Tensor
 
 from .lora import project_down
 
-# %% ../nbs/06_lean.ipynb #75b5cb20
+# %% ../nbs/06_lean.ipynb #300209f4
 def pack_bits(
-    mask: Tensor,  # booleans of any shape
-) -> Tensor:       # the same, eight to a byte, uint8, (⌈n / 8⌉,)
-    "Store a boolean mask in one bit per element."
+    mask: Tensor,  # booleans of any shape, n in all
+) -> Tensor:       # the same, eight to a byte, uint8 of shape (⌈n / 8⌉,)
+    "Store a boolean mask in one bit for each element."
     bits = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(
-    packed: Tensor,            # bytes from `pack_bits`
-    shape: tuple[int, ...],    # shape of the mask
-) -> Tensor:                   # the boolean mask
+    packed: Tensor,      # bytes from `pack_bits`
+    shape: torch.Size,   # of the mask
+) -> Tensor:             # the mask, boolean
     "Undo `pack_bits`."
     bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)
     return (bits & 1).bool().flatten()[: shape.numel()].view(shape)
 
-# %% ../nbs/06_lean.ipynb #4ab7ec92
+# %% ../nbs/06_lean.ipynb #f187958b
 class DropoutProject(torch.autograd.Function):
-    "`project(dropout(x))` that keeps `x` and one bit per element, not the dropped-out copy."
+    "Project `dropout(x)`, keeping `x` and a bit for each element."
 
     @staticmethod
     def forward(ctx, x, W, p):  # x (…, d_in), W (M·r, d_in)
@@ -45,22 +45,22 @@ class DropoutProject(torch.autograd.Function):
         x, W, packed = ctx.saved_tensors
         mask = unpack_bits(packed, x.shape).to(grad.dtype) * ctx.scale
         grad_x = (grad @ W.to(grad.dtype) * mask).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dropped = (x.to(grad.dtype) * mask).flatten(0, -2)  # (tokens, d_in)
-        grad_W = (grad.flatten(0, -2).T @ dropped).to(W.dtype) if ctx.needs_input_grad[1] else None
+        dropped = (x.to(grad.dtype) * mask).reshape(-1, x.shape[-1])  # (tokens, d_in)
+        grad_W = (grad.reshape(-1, len(W)).T @ dropped).to(W.dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_W, None
 
-# %% ../nbs/06_lean.ipynb #ee06cc82
+# %% ../nbs/06_lean.ipynb #f7e39a78
 def dropout_project(
-    x: Tensor,                 # input, (…, d_in)
-    A: Tensor,                 # down-projections, (M, r, d_in)
-    p: float = 0.0,            # probability of dropping an element of x
-    independent: bool = False, # a fresh mask for each A_i, as published, instead of one for all
-) -> Tensor:                   # A_i dropout(x) for every i, (…, M, r)
-    "Drop elements of `x`, then project; `p` is 0 outside training."
+    x: Tensor,                  # input, (…, d_in)
+    A: Tensor,                  # down-projections, (M, r, d_in)
+    p: float = 0.0,             # probability of dropping an element of x; 0 outside training
+    independent: bool = False,  # a fresh mask for each A_i, as published, instead of one for all
+) -> Tensor:                    # A_i dropout(x) for every i, (…, M, r)
+    "Drop elements of `x`, then project."
     if p == 0:
         return project_down(x, A)
     if independent:
         return torch.cat([dropout_project(x, A_i[None], p) for A_i in A], dim=-2)
-    if torch.compiler.is_compiling():  # the compiler's partitioner recomputes by itself
+    if torch.compiler.is_compiling():
         return project_down(F.dropout(x, p), A)
     return DropoutProject.apply(x, A.flatten(0, 1), p).unflatten(-1, A.shape[:2])
