@@ -43,7 +43,7 @@ def hush() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
-# %% ../nbs/cli.ipynb #0568fcfd
+# %% ../nbs/cli.ipynb #f33522f4
 @app.command(short_help="Train an adapter as a recipe says.")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[base=NAME] [section.key=value ...]")
@@ -59,13 +59,15 @@ def train(recipe, overrides, output, resume):
       d2mora train commonsense-mini base=gpt2 data.path=data training.max_steps=50 \\
         adapter.target_modules=[c_attn] --output runs/gpt2
     """
+    from d2mora.diagnose import draw
     from d2mora.evaluate import loss_table, report, write_text
     from d2mora.train import load_recipe, train, validation_losses
 
     run = train(load_recipe(recipe, overrides), output, resume=resume)
+    draw(run)
     write_text(run/"report.md", report(run))
     if validation_losses(run): click.echo(loss_table(run))
-    click.echo(f"adapter: {run/'adapter'}\nreport:  {run/'report.md'}\nnext:    d2mora evaluate {run}")
+    click.echo(f"adapter: {run/'adapter'}\nreport:  {run/'report.md'}, pictures in {run/'plots'}\nnext:    d2mora evaluate {run}")
 
 # %% ../nbs/cli.ipynb #c190a2eb
 @app.command(short_help="Grade runs, adapters or a bare base; or ask one question.")

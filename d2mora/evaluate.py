@@ -9,7 +9,7 @@ __all__ = ['NEW_TOKENS', 'PROTOCOLS', 'NOTE', 'wilson_interval', 'fitted_prompt'
            'write_results', 'text_table', 'percent', 'result_table', 'paper_rows', 'paper_table', 'loss_table',
            'report', 'ask']
 
-# %% ../nbs/10_evaluate.ipynb #f3deb93f
+# %% ../nbs/10_evaluate.ipynb #6d353f12
 import json
 import math
 import sys
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import peft
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria
 
 from .data import Collator, DataConfig, collator_for, data_path, find_file, nearest, read_task, shorten_prompt
@@ -204,7 +204,7 @@ def test_tasks(
     there = [task for task in TASKS if any((Path(path)/task/f"test.json{end}").is_file() for end in ("", ".gz"))]
     return there or [find_file(Path(path), "boolq", "test")]  # which says what is missing
 
-# %% ../nbs/10_evaluate.ipynb #254741b6
+# %% ../nbs/10_evaluate.ipynb #74aee720
 def check_request(protocol: str, limit: int | None, batch_size: int, prompt: str | None = None) -> None:
     "Raise a ValueError for a request that cannot be graded."
     if prompt and prompt not in PROMPT_STYLES: raise ValueError(f"unknown prompt style '{prompt}'{nearest(prompt, PROMPT_STYLES)}")
@@ -222,6 +222,7 @@ def evaluate(
     data: str | None = None,           # folder of tasks or a toy world; default: the run's
     prompt: str | None = None,         # prompt style; default: the run's
     batch_size: int = 16,              # rows at once
+    progress: bool = True,             # a bar on stderr
 ) -> dict:                             # what was graded and how, `tasks` with a summary each, `average`
     "Grade one adapter or base; into a run's or adapter's folder write the result, every row, and the report."
     check_request(protocol, limit, batch_size, prompt)
@@ -230,7 +231,7 @@ def evaluate(
     style = prompt or (config.prompt if config else "plain")
     rows = {task: read_task(path, task, "test").to_list()[:limit] for task in test_tasks(path, tasks)}
     if not all(rows.values()): raise ValueError(f"{path}: no test rows for {[t for t in rows if not rows[t]][0]}")
-    graded, bar = {}, tqdm(total=sum(map(len, rows.values())), desc=protocol, unit="row", file=sys.stderr, dynamic_ncols=True)
+    graded, bar = {}, tqdm(total=sum(map(len, rows.values())), desc=protocol, unit="row", file=sys.stderr, dynamic_ncols=True, disable=not progress)
     for task in rows: graded[task] = grade_rows(model, tokenizer, task, rows[task], protocol, style, batch_size, bar.update)
     bar.close()
     result = about(target, model, protocol, style, path, limit, batch_size) | results(graded, rows)
@@ -270,7 +271,7 @@ def write_results(
     write_text(folder/f"evaluation-{protocol}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     write_text(folder/"report.md", report(folder))
 
-# %% ../nbs/10_evaluate.ipynb #d9d71046
+# %% ../nbs/10_evaluate.ipynb #53cfe0c6
 def text_table(
     header: list[str],     # names of the columns
     rows: list[list[str]],  # cells, as text
@@ -278,7 +279,7 @@ def text_table(
     "Lay out a table."
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines = [" | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in [header, *rows]]
-    rule = "|".join("-" * (w + 1 + (i > 0)) + (":" if i else "-") for i, w in enumerate(widths))
+    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
     return "\n".join(f"| {line} |" for line in lines[:1]) + f"\n|{rule}|\n" + "\n".join(f"| {line} |" for line in lines[1:])
 
 

@@ -7,10 +7,10 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'orthogonality_par
            'read_recipe', 'choices', 'describe', 'narrow', 'converted', 'check_section', 'hint_key', 'adapter_class',
            'adapter_config', 'check_training', 'parse_override', 'override', 'all_keys', 'absolute', 'load_recipe',
            'base_folder', 'load_base', 'max_positions', 'metric_line', 'MetricsWriter', 'read_metrics', 'ProgressBar',
-           'check_output', 'differences', 'training_arguments', 'adapted_base', 'save_adapter', 'write_recipe',
-           'make_trainer', 'train', 'validation_losses']
+           'check_output', 'differences', 'last_checkpoint', 'training_arguments', 'adapted_base', 'save_adapter',
+           'write_recipe', 'make_trainer', 'train', 'validation_losses']
 
-# %% ../nbs/09_train.ipynb #d5d7e1a2
+# %% ../nbs/09_train.ipynb #f399cdaa
 import copy
 import json
 import os
@@ -29,9 +29,8 @@ import torch
 import transformers
 import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 import d2mora.tuner  # registers the method with PEFT
 from .data import DataConfig, check_tokenizer, collator_for, counts_table, data_path, nearest, prepare, read_rows
@@ -123,7 +122,7 @@ def narrow(
     listed = any(isinstance(part, type) and issubclass(part, Enum) for part in parts)
     return Union[tuple(part for part in parts if part is not str)] if listed and str in parts else hint
 
-# %% ../nbs/09_train.ipynb #54cc771b
+# %% ../nbs/09_train.ipynb #de4679cf
 def converted(
     key: str,    # section.key, for the error
     value: Any,  # as YAML gave it
@@ -131,6 +130,7 @@ def converted(
 ) -> Any:        # the value in that type
     "Convert a value by its field's type, or raise a ValueError that names key, value and what is right."
     hint = narrow(hint)
+    if value is False and "no" in choices(hint): value = "no"  # YAML reads a bare no as false
     near = nearest(value, choices(hint)) if isinstance(value, str) and choices(hint) else ""
     wrong = ValueError(f"{key}={value!r} is not {describe(hint)}" + (near if "did you mean" in near else ""))
     listed = {bool, Any} & {hint, *get_args(hint)}
@@ -365,6 +365,14 @@ def differences(
     both = [isinstance(old.get(k), dict) and isinstance(new.get(k), dict) for k in keys]
     return [name for k, deep in zip(keys, both) for name in (differences(old[k], new[k], f"{prefix}{k}.") if deep else [f"{prefix}{k}"])]
 
+# %% ../nbs/09_train.ipynb #a177672b
+def last_checkpoint(
+    folder: Path,    # a run's `checkpoints/`
+) -> Path | None:    # None if there is no complete one
+    "The newest complete checkpoint."
+    complete = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if p.read_text().rstrip().endswith("}")]
+    return max(complete, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
 # %% ../nbs/09_train.ipynb #32f691a5
 def training_arguments(
     recipe: Recipe,  # its `training:` section
@@ -414,7 +422,7 @@ def write_recipe(
     aside.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
     aside.rename(path)
 
-# %% ../nbs/09_train.ipynb #cfc51bef
+# %% ../nbs/09_train.ipynb #3b4313cc
 def make_trainer(
     recipe: Recipe,           # what to train
     output: Path,             # the run folder
@@ -441,14 +449,14 @@ def train(
     "Train an adapter as a recipe says."
     output = Path(output)
     check_output(output, recipe, resume)
-    if (output/"adapter").exists(): return print(f"{output}: this run is finished", file=sys.stderr) or output
-    checkpoint = get_last_checkpoint(str(output/"checkpoints")) if resume and (output/"checkpoints").is_dir() else None
-    if resume: print(f"{output}: go on from {Path(checkpoint).name if checkpoint else 'step 0: no checkpoint yet'}", file=sys.stderr)
+    if (output/"adapter").exists(): return print(f"{output.name}: this run is finished", file=sys.stderr) or output
+    checkpoint = last_checkpoint(output/"checkpoints") if resume else None
+    if resume: print(f"{output.name}: go on from {checkpoint.name if checkpoint else 'step 0: no checkpoint yet'}", file=sys.stderr)
     args = training_arguments(recipe, output, bool(checkpoint))
     trainer = make_trainer(recipe, output, args, callbacks)
     output.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, output/"recipe.yaml")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset: trainer.evaluate()
     if trainer.is_world_process_zero(): save_adapter(trainer.accelerator.unwrap_model(trainer.model), output/"adapter")
     return output
