@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['PAIRINGS', 'CARD_NOTE', 'MERGE_REFUSED', 'TARGETS', 'router_widths', 'check_number', 'check_choice', 'check_experts',
-           'check_config', 'D2MoraType', 'as_set', 'D2MoraConfig', 'note_import', 'new_experts', 'mixture', 'update',
+           'check_config', 'peft_type', 'as_set', 'D2MoraConfig', 'note_import', 'new_experts', 'mixture', 'update',
            'D2MoraLinear', 'features', 'add_experts', 'check_targets', 'warn_if_inert', 'D2MoraModel',
            'register_d2mora', 'record_routing', 'parse_official_key', 'stack_experts', 'convert_official_checkpoint']
 
-# %% ../nbs/07_tuner.ipynb #516d1703
+# %% ../nbs/07_tuner.ipynb #8e7937c8
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -113,11 +112,18 @@ def check_config(
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError(f"layers_pattern={config.layers_pattern!r} needs layers_to_transform, the indices of the layers")
 
-# %% ../nbs/07_tuner.ipynb #b8b18da6
-class D2MoraType(str, Enum):
-    "The method's name in PEFT's tables and in `adapter_config.json`."
-
-    D2MORA = "D2MORA"
+# %% ../nbs/07_tuner.ipynb #e59101db
+def peft_type(
+    name: str,  # of the method, in capitals
+) -> peft.PeftType:
+    "The member of PEFT's list of types with this name, entered if it is not there yet."
+    if name not in peft.PeftType.__members__:
+        member = str.__new__(peft.PeftType, name)
+        member._name_ = member._value_ = name
+        type.__setattr__(peft.PeftType, name, member)
+        peft.PeftType._member_names_.append(name)
+        peft.PeftType._member_map_[name] = peft.PeftType._value2member_map_[name] = member
+    return peft.PeftType(name)
 
 
 def as_set(
@@ -126,7 +132,7 @@ def as_set(
     "PEFT keeps module names as a set."
     return set(names) if isinstance(names, (list, tuple)) else names
 
-# %% ../nbs/07_tuner.ipynb #f09e7bd4
+# %% ../nbs/07_tuner.ipynb #3d54595c
 @dataclass
 class D2MoraConfig(peft.PeftConfig):
     "What to adapt and how."
@@ -147,7 +153,7 @@ class D2MoraConfig(peft.PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = D2MoraType.D2MORA
+        self.peft_type = peft_type("D2MORA")
         self.target_modules, self.exclude_modules = as_set(self.target_modules), as_set(self.exclude_modules)
         check_config(self)
 
@@ -295,7 +301,7 @@ def check_targets(
     if missed and isinstance(config.target_modules, set):
         warnings.warn(f"target_modules {missed} match no layer of {type(model).__name__} and are left out ({hint})")
 
-# %% ../nbs/07_tuner.ipynb #2e89e311
+# %% ../nbs/07_tuner.ipynb #031b47fc
 def warn_if_inert(
     tuner: "D2MoraModel",  # remembers the weights' version
     model: nn.Module,      # the adapted model, about to run
@@ -312,9 +318,10 @@ def warn_if_inert(
     if moved and not applied:
         warnings.warn("orthogonality_weight > 0 is not applied: call attach_orthogonality(model, optimizer), or add orthogonality_loss(model)")
     if moved or applied:
-        tuner._watch.remove()
+        for handle in tuner._watch:
+            handle.remove()
 
-# %% ../nbs/07_tuner.ipynb #4e76a4ef
+# %% ../nbs/07_tuner.ipynb #b7fe9611
 TARGETS = {model: [*t, "k_proj"] if {"q_proj", "v_proj"} <= set(t) else t for model, t in LORA_TARGETS.items()}
 
 
@@ -327,7 +334,8 @@ class D2MoraModel(BaseTuner):
         if str(peft_config.target_modules).lower() != "all-linear":
             check_targets(peft_config, model, self._check_target_module_exists)
         if peft_config.orthogonality_weight > 0 and not hasattr(self, "_watch"):
-            self._version, self._watch = None, model.register_forward_pre_hook(partial(warn_if_inert, self))
+            watch = partial(warn_if_inert, self)  # on both: PEFT before 0.21 calls model.forward, which runs no hooks
+            self._version, self._watch = None, [m.register_forward_pre_hook(watch) for m in (self, model)]
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if isinstance(target, D2MoraLinear):
@@ -341,16 +349,17 @@ class D2MoraModel(BaseTuner):
     def _check_merge_allowed(self):
         raise ValueError(MERGE_REFUSED)
 
-# %% ../nbs/07_tuner.ipynb #0f5c4e59
+# %% ../nbs/07_tuner.ipynb #d9144560
 def register_d2mora() -> None:
     "Make `get_peft_model` and `PeftModel.from_pretrained` know the method."
-    known = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get("D2MORA")
+    tables, name = peft.mapping, peft_type("D2MORA")
+    known = tables.PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
     if known is not None and known.__module__.startswith("peft."):
         warnings.warn(f"PEFT {peft.__version__} brings its own D2MORA, which stays registered in place of d2mora's")
         return
-    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[D2MoraType.D2MORA] = D2MoraConfig
-    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[D2MoraType.D2MORA] = D2MoraModel
-    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[D2MoraType.D2MORA] = D2MoraModel.prefix
+    tables.PEFT_TYPE_TO_CONFIG_MAPPING[name] = D2MoraConfig
+    tables.PEFT_TYPE_TO_TUNER_MAPPING[name] = D2MoraModel
+    tables.PEFT_TYPE_TO_PREFIX_MAPPING[name] = D2MoraModel.prefix
 
 
 register_d2mora()
