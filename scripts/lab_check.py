@@ -88,9 +88,12 @@ def picture(page,        # with the notebook open
             path: Path   # PNG to write
             ) -> None:
     "The whole notebook as one picture: the window is made as tall as its content."
-    tall = page.evaluate("() => document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer').scrollHeight")
-    page.set_viewport_size({"width": 1300, "height": min(tall + 150, 16000)})
-    page.wait_for_timeout(2000)
+    cells = "document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer')"
+    tall = page.evaluate(f"() => [...{cells}.querySelectorAll('.jp-Cell')].reduce((sum, c) => sum + c.offsetHeight, 0)")
+    page.set_viewport_size({"width": 1300, "height": min(tall + 300, 16000)})
+    page.wait_for_timeout(1000)
+    page.evaluate(f"() => {{ {cells}.scrollTop = 0 }}")
+    page.wait_for_timeout(1000)
     page.screenshot(path=path)
 
 
