@@ -35,6 +35,14 @@ local function fold(div)  -- ::: {.fold} becomes a closed or open <details>
   return out
 end
 
+local function captioned(div)  -- a labelled cell: its caption gets the number
+  local last = div.content[#div.content]
+  if number(div.identifier) and last and last.t == "Div" and last.classes:includes("figcaption") then
+    last.content[1].content:insert(1, pandoc.Str(number(div.identifier) .. ". "))
+    return div
+  end
+end
+
 local function equation(para)  -- $$ ... $$ {#eq-name}
   local last = para.content[#para.content]
   local id = last and last.t == "Str" and last.text:match("^{#(eq%-[%w-]+)}$")
@@ -57,4 +65,4 @@ local function reference(cite)  -- @fig-name
   if words[id:match("^(%a+)-") or ""] then return pandoc.Link(numbers[id] or ("?" .. id), "#" .. id) end
 end
 
-return {{Div = function(div) return callout(div) or fold(div) end, Para = equation, Figure = labelled, Table = labelled}, {Cite = reference}}
+return {{Div = function(div) return callout(div) or fold(div) or captioned(div) end, Para = equation, Figure = labelled, Table = labelled}, {Cite = reference}}

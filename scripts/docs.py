@@ -75,7 +75,7 @@ def output_markdown(out: dict,  # one output of a cell
     if out.output_type == "error": return f"::: {{.output .error}}\n{fence(f'{out.ename}: {out.evalue}', '.text')}\n:::"
     data = out.data
     if "text/markdown" in data: return data["text/markdown"]
-    if "image/png" in data: return f"![{alt}](data:image/png;base64,{data['image/png'].strip()}){{fig-alt=\"{alt}\"}}"
+    if "image/png" in data: return f"![{alt}](data:image/png;base64,{data['image/png'].strip()})"
     if "image/svg+xml" in data: return fence(data["image/svg+xml"], "=html")
     if "text/html" in data: return fence(data["text/html"], "=html")
     return f"::: {{.output}}\n{fence(data.get('text/plain', ''), '.text')}\n:::"
@@ -91,10 +91,11 @@ def code_markdown(cell: dict   # a code cell
         if options.get("code-fold") in ("true", "show"):
             parts[0] = f"::: {{.fold summary=\"{options.get('code-summary', 'Code')}\" open={str(options['code-fold'] == 'show').lower()}}}\n{parts[0]}\n:::"
     alt = options.get("fig-alt") or options.get("fig-cap") or "Plot made by the cell above"
+    alt = re.sub(r"([][])", r"\\\1", alt)
     shown = [] if options.get("output") == "false" else cell.outputs
     body = "\n\n".join([*parts, *(output_markdown(o, alt) for o in shown)])
-    label = options.get("label", "")
-    return f"::: {{#{label}}}\n{body}\n:::" if label else body
+    if caption := options.get("fig-cap") or options.get("tbl-cap"): body += f"\n\n::: {{.figcaption}}\n{caption}\n:::"
+    return f":::: {{#{options['label']}}}\n{body}\n::::" if "label" in options else body
 
 
 def page_markdown(nb: dict    # a processed notebook

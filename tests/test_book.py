@@ -51,6 +51,11 @@ def test_stored_pictures_reach_the_page(site, path):
     assert (site / page_of(path)).read_text(encoding="utf-8").count("data:image/png;base64,") == pictures
 
 
+def test_figures_have_their_caption_and_number(site):
+    text = (site / "orthogonality.html").read_text(encoding="utf-8")
+    assert re.search(r'id="fig-orthogonality".*data:image/png.*class="figcaption">\s*(?:<p>)?Figure 1\. Mean', text, re.S)
+
+
 def test_exported_code_is_on_the_site_under_an_anchor_that_links_find(site):
     text = (site / "routers.html").read_text(encoding="utf-8")
     assert 'id="many_to_many"' in text and "Exported source" in text
