@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NEW_TOKENS', 'PROTOCOLS', 'NOTE', 'wilson_interval', 'fitted_prompt', 'tail_choice', 'grade_choice', 'Decided',
            'evaluating', 'write', 'grade_generate', 'tail_generate', 'grade_rows', 'summary', 'mean_chance',
-           'load_target', 'with_adapter', 'test_tasks', 'check_request', 'evaluate', 'results', 'about', 'write_text',
-           'write_results', 'text_table', 'percent', 'result_table', 'paper_rows', 'paper_table', 'loss_table',
-           'report', 'ask']
+           'load_target', 'with_adapter', 'tasks_to_grade', 'check_request', 'evaluate', 'results', 'about',
+           'write_text', 'write_results', 'text_table', 'percent', 'result_table', 'paper_rows', 'paper_table',
+           'loss_table', 'report', 'ask']
 
 # %% ../nbs/10_evaluate.ipynb #6d353f12
 import json
@@ -163,7 +163,7 @@ def mean_chance(rows: list[dict], task: str) -> float:
     "Accuracy of a blind guess: the mean of 1 / options over rows."
     return sum(1 / len(row_answers(row, task)) for row in rows) / len(rows)
 
-# %% ../nbs/10_evaluate.ipynb #700be63b
+# %% ../nbs/10_evaluate.ipynb #3903623b
 def load_target(
     target: str | Path | None,   # a run folder or an adapter's folder; None: the bare base
     base: str | None = None,     # a base in place of the one that the adapter was trained on
@@ -191,7 +191,7 @@ def with_adapter(model, folder: Path, base: str) -> peft.PeftModel:
         raise ValueError(f"adapter '{folder}' does not fit base '{base}': {reason[:240]}") from error
 
 
-def test_tasks(
+def tasks_to_grade(
     path: str,                         # folder of tasks, or a toy world
     wanted: Iterable[str] | None,      # tasks asked for; None: all that have test rows
 ) -> list[str]:                        # tasks to grade
@@ -204,7 +204,7 @@ def test_tasks(
     there = [task for task in TASKS if any((Path(path)/task/f"test.json{end}").is_file() for end in ("", ".gz"))]
     return there or [find_file(Path(path), "boolq", "test")]  # which says what is missing
 
-# %% ../nbs/10_evaluate.ipynb #74aee720
+# %% ../nbs/10_evaluate.ipynb #e03e2dcf
 def check_request(protocol: str, limit: int | None, batch_size: int, prompt: str | None = None) -> None:
     "Raise a ValueError for a request that cannot be graded."
     if prompt and prompt not in PROMPT_STYLES: raise ValueError(f"unknown prompt style '{prompt}'{nearest(prompt, PROMPT_STYLES)}")
@@ -229,7 +229,7 @@ def evaluate(
     model, tokenizer, config = load_target(target, base)
     path = data_path(DataConfig(path=data or (config.path if config else None)))
     style = prompt or (config.prompt if config else "plain")
-    rows = {task: read_task(path, task, "test").to_list()[:limit] for task in test_tasks(path, tasks)}
+    rows = {task: read_task(path, task, "test").to_list()[:limit] for task in tasks_to_grade(path, tasks)}
     if not all(rows.values()): raise ValueError(f"{path}: no test rows for {[t for t in rows if not rows[t]][0]}")
     graded, bar = {}, tqdm(total=sum(map(len, rows.values())), desc=protocol, unit="row", file=sys.stderr, dynamic_ncols=True, disable=not progress)
     for task in rows: graded[task] = grade_rows(model, tokenizer, task, rows[task], protocol, style, batch_size, bar.update)

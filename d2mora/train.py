@@ -10,7 +10,7 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'orthogonality_par
            'check_output', 'differences', 'last_checkpoint', 'training_arguments', 'adapted_base', 'save_adapter',
            'write_recipe', 'make_trainer', 'train', 'validation_losses']
 
-# %% ../nbs/09_train.ipynb #f399cdaa
+# %% ../nbs/09_train.ipynb #70a1b897
 import copy
 import json
 import os
@@ -31,6 +31,7 @@ import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 import d2mora.tuner  # registers the method with PEFT
 from .data import DataConfig, check_tokenizer, collator_for, counts_table, data_path, nearest, prepare, read_rows
@@ -422,7 +423,7 @@ def write_recipe(
     aside.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
     aside.rename(path)
 
-# %% ../nbs/09_train.ipynb #3b4313cc
+# %% ../nbs/09_train.ipynb #08e5b173
 def make_trainer(
     recipe: Recipe,           # what to train
     output: Path,             # the run folder
@@ -436,7 +437,7 @@ def make_trainer(
     print(counts_table(ready.counts, recipe.data), file=sys.stderr)
     trainer = D2MoraTrainer(model, args, data_collator=collator_for(tokenizer), train_dataset=ready.train, eval_dataset=ready.validation or None,
                             callbacks=[MetricsWriter(output/"metrics.jsonl"), ProgressBar(), *callbacks])
-    for theirs in (transformers.ProgressCallback, transformers.PrinterCallback): trainer.remove_callback(theirs)
+    for theirs in (DEFAULT_PROGRESS_CALLBACK, transformers.PrinterCallback): trainer.remove_callback(theirs)
     return trainer
 
 

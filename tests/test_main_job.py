@@ -16,7 +16,7 @@ TRAINED = [task for task in TASKS if task != "hellaswag"]
 
 def d2mora(*args):
     "Run the command in a process of its own; its stdout."
-    env = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    env = {"OMP_NUM_THREADS": "2"} | os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-m", "d2mora.cli", *map(str, args)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
