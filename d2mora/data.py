@@ -77,7 +77,7 @@ def row_problem(
         return f"field 'output' does not contain the answer '{row['answer']}' first: {row['output'][:60]!r}"
     return ""
 
-# %% ../nbs/08_data.ipynb #03afa867
+# %% ../nbs/08_data.ipynb #12b2125b
 def file_problem(
     path: Path,  # a .json or .json.gz that could not be read as a table
 ) -> str:        # what is wrong, with row and field where they can be named
@@ -94,7 +94,7 @@ def file_problem(
             if not isinstance(row.get(name, ""), str): return f"row {i}: field '{name}' is not a text: {row[name]!r}"
     return ""
 
-
+# %% ../nbs/08_data.ipynb #f6a7ca20
 @contextmanager
 def quiet():
     "No bars of `datasets` for what takes a second, and no lines of its own beside an error of ours."
@@ -106,7 +106,7 @@ def quiet():
         datasets.logging.set_verbosity(level)
         if bars: datasets.enable_progress_bars()
 
-
+# %% ../nbs/08_data.ipynb #ccabf0ad
 def read_file(
     path: Path,  # an array of rows in JSON, gzipped or not
 ) -> "datasets.Dataset":  # columns instruction, input, output, answer
@@ -147,7 +147,7 @@ def find_file(
     raise ValueError(f"{path/task}: no {split}.json or {split}.json.gz; put it there or leave {task} out"
                      f" (with {split} files here: {', '.join(there) or 'none'})")
 
-# %% ../nbs/08_data.ipynb #93e0e846
+# %% ../nbs/08_data.ipynb #73339e22
 def mixed_rows(
     path: Path,        # commonsense_170k.json
     tasks: list[str],  # the tasks wanted
@@ -162,7 +162,7 @@ def mixed_rows(
     if None in found: raise ValueError(f"{path}: row {found.index(None)}: field 'instruction' belongs to none of the eight tasks")
     return rows.add_column("task", found).select([i for i, task in enumerate(found) if task in tasks])
 
-
+# %% ../nbs/08_data.ipynb #30505369
 def check_rows(
     rows: "datasets.Dataset",  # with a column `task`, or all of one task
     where: str | Path,         # named in the error
@@ -175,7 +175,7 @@ def check_rows(
             raw = file_problem(where) if isinstance(where, Path) else ""
             raise ValueError(f"{where}: " + (raw or f"row {i}: {problem}"))
 
-# %% ../nbs/08_data.ipynb #2ec6e307
+# %% ../nbs/08_data.ipynb #8fa6ac88
 def read_task(
     path: str,    # folder of tasks, or a toy world
     task: str,    # one of the eight
@@ -191,7 +191,7 @@ def read_task(
     check_rows(rows, where, task)
     return rows.add_column("task", [task]*len(rows))
 
-
+# %% ../nbs/08_data.ipynb #fd4d8393
 def read_rows(
     path: str,         # folder of tasks, one mixed file, or a toy world
     tasks: list[str],  # one or more of the eight
@@ -206,7 +206,7 @@ def read_rows(
         return rows
     return datasets.concatenate_datasets([read_task(path, task, split) for task in tasks])
 
-
+# %% ../nbs/08_data.ipynb #67f51f99
 def data_path(config: DataConfig) -> str:
     "The recipe's path, or what the environment variable D2MORA_DATA says in its place."
     path = config.path or os.environ.get("D2MORA_DATA")
@@ -248,7 +248,7 @@ def shorten_prompt(
             raise ValueError(f"a limit of {limit} tokens leaves no room for a prompt before the answer {answer[:40]!r}: raise data.cutoff")
         prompt = prompt[cut:]
 
-# %% ../nbs/08_data.ipynb #a7ef35d3
+# %% ../nbs/08_data.ipynb #1d0ef4ce
 def encode_row(
     tokenized: tuple,    # (ids, spans) of prompt + answer
     texts: tuple,        # (prompt, answer)
@@ -268,7 +268,7 @@ def encode_row(
     elif len(ids) < config.cutoff and not own_eos: ids = ids + [tokenizer.eos_token_id]
     return {"input_ids": ids, "graded_from": 0 if config.train_on_inputs else min(start, len(ids)), "fate": fate}
 
-
+# %% ../nbs/08_data.ipynb #4600c535
 def encode(
     rows: dict[str, list],  # a batch of rows, by column, as `Dataset.map` hands it over
     tokenizer,              # a fast tokenizer with an EOS token
@@ -279,7 +279,7 @@ def encode(
     coded = [encode_row(t, text, tokenizer, config) for t, text in zip(tokenize(tokenizer, texts), texts)]
     return {name: [row[name] for row in coded] for name in ("input_ids", "graded_from", "fate")}
 
-# %% ../nbs/08_data.ipynb #ac05ac2a
+# %% ../nbs/08_data.ipynb #825e7565
 @dataclass
 class Collator:
     "Makes a batch of encoded rows."
@@ -297,21 +297,21 @@ class Collator:
         if self.padding_side == "left": batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return batch
 
-
+# %% ../nbs/08_data.ipynb #762b032a
 def check_tokenizer(tokenizer) -> None:
     "Refuse a tokenizer that cannot say where the answer begins, or has no token to end it."
     name = tokenizer.name_or_path
     if not tokenizer.is_fast: raise ValueError(f"tokenizer '{name}' is not a fast one (no tokenizer.json): it cannot say where an answer begins")
     if tokenizer.eos_token_id is None: raise ValueError(f"tokenizer '{name}' has no EOS token: a model trained with it never learns to stop")
 
-
+# %% ../nbs/08_data.ipynb #d5ec23f7
 def collator_for(tokenizer) -> Collator:
     "The collator of a tokenizer: its padding side, and its padding id or, lacking one, its EOS id."
     check_tokenizer(tokenizer)
     pad = tokenizer.pad_token_id
     return Collator(tokenizer.eos_token_id if pad is None else pad, tokenizer.padding_side)
 
-# %% ../nbs/08_data.ipynb #4165e276
+# %% ../nbs/08_data.ipynb #ecec6278
 @dataclass
 class Prepared:
     "What a run trains and validates on."
@@ -319,7 +319,7 @@ class Prepared:
     validation: dict[str, "datasets.Dataset"]  # the same by task; empty without validation rows
     counts: dict[str, dict[str, int]]          # for each task: rows, shortened, skipped, lost
 
-
+# %% ../nbs/08_data.ipynb #51a787c3
 def count_fates(
     tasks: list[str],  # the task of each row
     fates: list[str],  # and what the cutoff did to it
@@ -329,7 +329,7 @@ def count_fates(
     return {task: {"rows": n} | {fate: pairs[task, fate] for fate in ("shortened", "skipped", "lost")}
             for task, n in Counter(tasks).items()}
 
-
+# %% ../nbs/08_data.ipynb #f6397342
 def split_validation(
     rows: "datasets.Dataset",  # encoded rows
     config: DataConfig,        # validation_rows
@@ -342,7 +342,7 @@ def split_validation(
     tasks = split["test"]["task"]
     return split["train"], {t: split["test"].select([i for i, own in enumerate(tasks) if own == t]) for t in dict.fromkeys(rows["task"]) if t in set(tasks)}
 
-
+# %% ../nbs/08_data.ipynb #25ae9942
 def prepare(
     rows: "datasets.Dataset",  # from `read_rows`
     config: DataConfig,        # the `data:` section of a recipe

@@ -121,10 +121,10 @@ def grade_generate(model, tokenizer, task: str, rows: list[dict], prompts: list[
 
 def tail_generate(row, task): return "\n" * NEW_TOKENS  # room for what is written
 
-# %% ../nbs/10_evaluate.ipynb #8523ed79
+# %% ../nbs/10_evaluate.ipynb #6f331bcc
 PROTOCOLS = {"choice": (grade_choice, tail_choice), "generate": (grade_generate, tail_generate)}
 
-
+# %% ../nbs/10_evaluate.ipynb #36173eec
 def grade_rows(
     model,                 # a causal language model, with or without an adapter
     tokenizer,             # its tokenizer
@@ -146,7 +146,7 @@ def grade_rows(
     about = ({"task": task, "row": i, "answer": row["answer"], "shortened": fitted[i][2]} for i, row in enumerate(rows))
     return [a | graded[i] | {"right": graded[i]["predicted"] == a["answer"]} for i, a in enumerate(about)]
 
-
+# %% ../nbs/10_evaluate.ipynb #5726c468
 def summary(
     graded: list[dict],  # from `grade_rows`
     chance: float,       # accuracy of a blind guess, mean over these rows
@@ -158,12 +158,12 @@ def summary(
     losses = [-g["scores"][g["answer"]] for g in graded if "scores" in g]
     return result | ({"answer_loss": sum(losses) / n} if losses else {})
 
-
+# %% ../nbs/10_evaluate.ipynb #965e84ad
 def mean_chance(rows: list[dict], task: str) -> float:
     "Accuracy of a blind guess: the mean of 1 / options over rows."
     return sum(1 / len(row_answers(row, task)) for row in rows) / len(rows)
 
-# %% ../nbs/10_evaluate.ipynb #3903623b
+# %% ../nbs/10_evaluate.ipynb #16f9e0f8
 def load_target(
     target: str | Path | None,   # a run folder or an adapter's folder; None: the bare base
     base: str | None = None,     # a base in place of the one that the adapter was trained on
@@ -181,7 +181,7 @@ def load_target(
     model, tokenizer = load_base(name)
     return with_adapter(model, folder, name), tokenizer, recipe.data if recipe else None
 
-
+# %% ../nbs/10_evaluate.ipynb #8ca13b8e
 def with_adapter(model, folder: Path, base: str) -> peft.PeftModel:
     "The model with the adapter of a folder; one line if it is an adapter for another base."
     try: return peft.PeftModel.from_pretrained(model, str(folder))
@@ -190,7 +190,7 @@ def with_adapter(model, folder: Path, base: str) -> peft.PeftModel:
         reason = next((line for line in lines if "size mismatch" in line or "shape" in line), lines[0] if lines else type(error).__name__)
         raise ValueError(f"adapter '{folder}' does not fit base '{base}': {reason[:240]}") from error
 
-
+# %% ../nbs/10_evaluate.ipynb #a9427c29
 def tasks_to_grade(
     path: str,                         # folder of tasks, or a toy world
     wanted: Iterable[str] | None,      # tasks asked for; None: all that have test rows
@@ -204,7 +204,7 @@ def tasks_to_grade(
     there = [task for task in TASKS if any((Path(path)/task/f"test.json{end}").is_file() for end in ("", ".gz"))]
     return there or [find_file(Path(path), "boolq", "test")]  # which says what is missing
 
-# %% ../nbs/10_evaluate.ipynb #e03e2dcf
+# %% ../nbs/10_evaluate.ipynb #10b36470
 def check_request(protocol: str, limit: int | None, batch_size: int, prompt: str | None = None) -> None:
     "Raise a ValueError for a request that cannot be graded."
     if prompt and prompt not in PROMPT_STYLES: raise ValueError(f"unknown prompt style '{prompt}'{nearest(prompt, PROMPT_STYLES)}")
@@ -212,7 +212,7 @@ def check_request(protocol: str, limit: int | None, batch_size: int, prompt: str
     if limit is not None and limit < 1: raise ValueError(f"limit={limit}: grade at least one row per task")
     if batch_size < 1: raise ValueError(f"batch_size={batch_size}: must be at least 1")
 
-
+# %% ../nbs/10_evaluate.ipynb #a03cf2f1
 def evaluate(
     target: str | Path | None = None,  # a run folder or an adapter's folder; None: the bare base
     base: str | None = None,           # a base in place of the run's, or the bare one
@@ -238,13 +238,13 @@ def evaluate(
     if target is not None: write_results(Path(target), protocol, result, graded)
     return result
 
-
+# %% ../nbs/10_evaluate.ipynb #4463c600
 def results(graded: dict[str, list[dict]], rows: dict[str, list[dict]]) -> dict:
     "Each task's summary and the unweighted average of their accuracies."
     tasks = {task: summary(graded[task], mean_chance(rows[task], task)) for task in graded}
     return {"tasks": tasks, "average": sum(t["accuracy"] for t in tasks.values()) / len(tasks)}
 
-
+# %% ../nbs/10_evaluate.ipynb #654e085e
 def about(target, model, protocol, style, path, limit, batch_size) -> dict:
     "What was graded, and how."
     versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")}

@@ -61,7 +61,7 @@ class D2MoraTrainer(transformers.Trainer):
         "Add both parts of the orthogonality loss to the lines that report a training loss."
         super().log(logs | orthogonality_parts(self.model) if "loss" in logs else logs, *args, **kwargs)
 
-# %% ../nbs/09_train.ipynb #53c92649
+# %% ../nbs/09_train.ipynb #84c7b6a3
 @dataclass
 class Recipe:
     "What to train: a base, an adapter, data, and how."
@@ -71,11 +71,14 @@ class Recipe:
     training: dict     # fields of `TrainingArguments`
 
 
+PARTS = ("adapter", "data", "training")  # besides `base`
+
+# %% ../nbs/09_train.ipynb #58c69e8c
 def recipe_names() -> list[str]:
     "The recipes that ship with the package."
     return sorted(p.name.removesuffix(".yaml") for p in (files("d2mora")/"recipes").iterdir() if p.name.endswith(".yaml"))
 
-
+# %% ../nbs/09_train.ipynb #7fd3688b
 def read_recipe(
     name: str | Path,  # a built-in name or a YAML file
 ) -> dict:             # its parts, unchecked
@@ -89,13 +92,10 @@ def read_recipe(
         if not isinstance(raw.get(name) or {}, dict): raise ValueError(f"{path}: '{name}' must hold keys and values, not {raw[name]!r}")
     return raw
 
-
-PARTS = ("adapter", "data", "training")  # besides `base`
-
-# %% ../nbs/09_train.ipynb #fb4a532f
+# %% ../nbs/09_train.ipynb #15273cf1
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "nothing", dict: "keys and values"}
 
-
+# %% ../nbs/09_train.ipynb #7f306a77
 def choices(
     hint: Any,  # a type
 ) -> list[str]:  # the values that it lists, if it lists any
@@ -104,7 +104,7 @@ def choices(
     if isinstance(hint, type) and issubclass(hint, Enum): return [member.value for member in hint]
     return [c for part in get_args(hint) for c in choices(part)] if get_origin(hint) in (Union, types.UnionType) else []
 
-
+# %% ../nbs/09_train.ipynb #b43e2312
 def describe(
     hint: Any,  # a type
 ) -> str:       # "a whole number", "one of plain, official", …
@@ -114,7 +114,7 @@ def describe(
     if get_origin(hint) is list: return f"a list [{describe(get_args(hint)[0]).removeprefix('a ')}, …]"
     return WORDS.get(get_origin(hint) or hint, str(hint).removeprefix("typing."))
 
-
+# %% ../nbs/09_train.ipynb #3a112902
 def narrow(
     hint: Any,  # a type as declared
 ) -> Any:       # the same without `str` where an enum beside it lists the values
@@ -123,7 +123,7 @@ def narrow(
     listed = any(isinstance(part, type) and issubclass(part, Enum) for part in parts)
     return Union[tuple(part for part in parts if part is not str)] if listed and str in parts else hint
 
-# %% ../nbs/09_train.ipynb #de4679cf
+# %% ../nbs/09_train.ipynb #5c33e9ab
 def converted(
     key: str,    # section.key, for the error
     value: Any,  # as YAML gave it
@@ -141,7 +141,7 @@ def converted(
     except PydanticUserError: return value                  # a type that only its library can check
     return value.value if isinstance(value, Enum) else value
 
-
+# %% ../nbs/09_train.ipynb #6055f803
 def check_section(
     section: str,   # adapter, data or training
     values: dict,   # its keys and values
@@ -198,7 +198,7 @@ def check_training(
     for key, least in LEAST.items():
         if training.get(key, least) < least: raise ValueError(f"training.{key}={training[key]}: must be at least {least}")
 
-# %% ../nbs/09_train.ipynb #e877e77c
+# %% ../nbs/09_train.ipynb #9d8fd36c
 def parse_override(
     text: str,  # base=NAME or section.key=value
 ) -> tuple[str, Any]:  # the key and its value
@@ -209,7 +209,7 @@ def parse_override(
     try: return key, yaml.safe_load(value)
     except yaml.YAMLError as error: raise ValueError(f"'{text}': the value is not YAML: {' '.join(str(error).split())}") from error
 
-
+# %% ../nbs/09_train.ipynb #b6aae5ca
 def override(
     raw: dict,                                  # from `read_recipe`
     overrides: Mapping[str, Any] | Iterable[str] = (),  # {"section.key": value}, or texts "section.key=value"
@@ -230,7 +230,7 @@ def all_keys(raw):
     owners = {"adapter": adapter_class(raw.get("adapter") or {}), "data": DataConfig, "training": TrainingArguments}
     return ["base"] + [f"{section}.{f.name}" for section, owner in owners.items() for f in fields(owner) if f.init]
 
-# %% ../nbs/09_train.ipynb #0f5b66dc
+# %% ../nbs/09_train.ipynb #065dab85
 def absolute(
     name: str | None,  # a name or a path
 ) -> str | None:       # the full path if there is such a file or folder, else the name
@@ -238,7 +238,7 @@ def absolute(
     there = isinstance(name, str) and name not in ("toy", "toy-hard") and Path(name).expanduser().exists()
     return str(Path(name).expanduser().resolve()) if there else name
 
-
+# %% ../nbs/09_train.ipynb #6cfd791b
 def load_recipe(
     name_or_path: str | Path,                           # a built-in name or a YAML file
     overrides: Mapping[str, Any] | Iterable[str] = (),  # {"section.key": value}, or texts "section.key=value"
@@ -257,7 +257,7 @@ def load_recipe(
     if not isinstance(raw.get("base"), str) or not raw["base"]: raise ValueError(f"recipe '{name_or_path}' has no base: add base=NAME (a hub name, a folder, or toy)")
     return Recipe(absolute(raw["base"]), adapter, data, training)
 
-# %% ../nbs/09_train.ipynb #1f0d5ce0
+# %% ../nbs/09_train.ipynb #938e1797
 def base_folder(
     base: str,  # as in a recipe
 ) -> str:       # what `from_pretrained` gets
@@ -267,7 +267,7 @@ def base_folder(
     if looks_local and not Path(base).is_dir(): raise ValueError(f"base '{base}' cannot be loaded: there is no such folder")
     return base
 
-
+# %% ../nbs/09_train.ipynb #2b979240
 def load_base(
     base: str,  # hub name, folder, or `toy`
 ) -> tuple[transformers.PreTrainedModel, Any]:  # the frozen model and its tokenizer
@@ -282,14 +282,14 @@ def load_base(
     check_tokenizer(tokenizer)
     return model, tokenizer
 
-
+# %% ../nbs/09_train.ipynb #807f7fc5
 def max_positions(
     model: transformers.PreTrainedModel,
 ) -> int | None:  # tokens; None if its configuration does not say
     "How many tokens a model can read."
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-# %% ../nbs/09_train.ipynb #b86756ba
+# %% ../nbs/09_train.ipynb #9fad61eb
 def metric_line(
     step: int,   # optimizer steps done
     logs: dict,  # as the Trainer logs them
@@ -298,7 +298,7 @@ def metric_line(
     kept = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second", "_flos")) and k not in ("train_loss", "epoch")}
     return {"step": step, "epoch": round(logs.get("epoch", 0), 6)} | kept if kept else {}
 
-
+# %% ../nbs/09_train.ipynb #044205b6
 class MetricsWriter(TrainerCallback):
     "Appends each log line to `metrics.jsonl`; on resuming drops the lines beyond the checkpoint."
 
@@ -314,7 +314,7 @@ class MetricsWriter(TrainerCallback):
         if not line or not state.is_world_process_zero: return
         with self.path.open("a") as file: file.write(json.dumps(line) + "\n")
 
-
+# %% ../nbs/09_train.ipynb #27978caf
 def read_metrics(
     run: str | Path,  # a run folder
 ) -> list[dict]:      # one dictionary a line: step, epoch, loss, eval_TASK_loss, …
@@ -337,10 +337,10 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs): self.bar.close()
 
-# %% ../nbs/09_train.ipynb #10401f69
+# %% ../nbs/09_train.ipynb #47cc8eb5
 RUN_FILES = ("recipe.yaml", "adapter", "checkpoints", "metrics.jsonl")
 
-
+# %% ../nbs/09_train.ipynb #f569287e
 def check_output(
     output: Path,    # the run folder
     recipe: Recipe,  # what is to be trained
@@ -355,7 +355,7 @@ def check_output(
     differing = differences(asdict(load_recipe(output/"recipe.yaml")), asdict(recipe))
     if differing: raise ValueError(f"output '{output}' was begun with another recipe: {', '.join(differing)} differ")
 
-
+# %% ../nbs/09_train.ipynb #dc18980f
 def differences(
     old: dict,  # two nested dictionaries
     new: dict,
@@ -374,7 +374,7 @@ def last_checkpoint(
     complete = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if p.read_text().rstrip().endswith("}")]
     return max(complete, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
-# %% ../nbs/09_train.ipynb #32f691a5
+# %% ../nbs/09_train.ipynb #d4c63b7c
 def training_arguments(
     recipe: Recipe,  # its `training:` section
     output: Path,    # the run folder
@@ -389,7 +389,7 @@ def training_arguments(
     try: return TrainingArguments(**quiet | recipe.training | ours)
     except (ValueError, TypeError, ImportError, RuntimeError) as error: raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
 
-
+# %% ../nbs/09_train.ipynb #3aa3969d
 def adapted_base(
     recipe: Recipe,  # base, adapter, seed, cutoff
     seed: int,       # of the adapter's random start
@@ -423,7 +423,7 @@ def write_recipe(
     aside.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
     aside.rename(path)
 
-# %% ../nbs/09_train.ipynb #08e5b173
+# %% ../nbs/09_train.ipynb #4a8bac26
 def make_trainer(
     recipe: Recipe,           # what to train
     output: Path,             # the run folder
@@ -440,7 +440,7 @@ def make_trainer(
     for theirs in (DEFAULT_PROGRESS_CALLBACK, transformers.PrinterCallback): trainer.remove_callback(theirs)
     return trainer
 
-
+# %% ../nbs/09_train.ipynb #3981b86c
 def train(
     recipe: Recipe,                             # what to train, from `load_recipe`
     output: str | Path,                         # the run folder to make

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 
 def trained(data, output, *more):
-    short = ["training.max_steps=30", "training.warmup_steps=5", "training.per_device_train_batch_size=8", "data.validation_rows=280",
+    short = ["training.max_steps=25", "training.warmup_steps=5", "training.per_device_train_batch_size=8", "data.validation_rows=140",
              "training.save_strategy=no"]
     d2mora("train", "commonsense-mini", f"base={data[1]}", f"data.path={data[0]}", *short, *more, "--output", output)
     return output
