@@ -45,6 +45,13 @@ def test_every_notebook_is_a_page(site, path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_text_is_lost_below_the_title(path):
+    "nbdev makes the first cell the page's head and drops what stands below title and subtitle: that text needs its own cell."
+    lines = [line for line in nbformat.read(path, 4).cells[0].source.splitlines() if line.strip()]
+    assert len(lines) == 2 and lines[0].startswith("# ") and lines[1].startswith("> ")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_pictures_reach_the_page(site, path):
     cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and not re.search(r"^#\|\s*(hide|export)", c.source, re.M)]
     pictures = sum("image/png" in o.get("data", {}) for c in cells for o in c.outputs)
