@@ -111,7 +111,7 @@ def print_result(target, base, options):
     if not str(result["data"]).startswith("toy"): click.echo(f"\n{paper_table()}\n{NOTE}")
     if target: click.echo(f"\nwritten: {Path(target)/('evaluation-' + result['protocol'] + '.json')}, .jsonl and report.md")
 
-# %% ../nbs/cli.ipynb #f91bad0f
+# %% ../nbs/cli.ipynb #abc0bbb2
 def free_folder(
     base: Path = Path("runs/demo"),  # the first name to try
 ) -> Path:                           # it, or the first of base-2, base-3, … that does not exist
@@ -121,8 +121,9 @@ def free_folder(
 
 
 @app.command(short_help="Train, grade and draw on the embedded toy world (about two minutes).")
+@click.argument("overrides", nargs=-1, metavar="[section.key=value ...]")
 @click.option("--output", type=click.Path(path_type=Path), help="The run folder; default: runs/demo, runs/demo-2, ...")
-def demo(output):
+def demo(overrides, output):
     """Train D2MoRA on the embedded toy world, grade it before and after, draw what it learned.
 
     \b
@@ -132,8 +133,8 @@ def demo(output):
     from d2mora.compare import run
     from d2mora.train import load_recipe
 
-    folder = output or free_folder()
-    click.echo(run(load_recipe("demo"), folder))
+    folder = output or free_folder()  # the first of runs/demo, runs/demo-2, … that is free
+    click.echo(run(load_recipe("demo", overrides), folder))
 
 # %% ../nbs/cli.ipynb #0a2ddb33
 def explained(

@@ -155,7 +155,7 @@ def test_bad_evaluation_input(args, part, capsys):
     assert part in one_line(capsys, "evaluate", *args)
 
 
-@pytest.mark.parametrize("args", [["trian"], ["train"], ["train", "demo"], ["demo", "--outptu", "x"]])
+@pytest.mark.parametrize("args", [["trian"], ["train"], ["train", "demo"], ["demo", "--outptu", "x"], ["demo", "adapter.r=0"]])
 def test_bad_commands(args, capsys):
     one_line(capsys, *args)
 
