@@ -71,8 +71,8 @@ def test_all_eight_tasks_are_graded_and_cut_prompts_counted(run, data):
     assert list(result["tasks"]) == list(TASKS) and all(t["n"] == 16 for t in result["tasks"].values())
     assert result["tasks"]["hellaswag"]["shortened"] > 0 and "hellaswag" in out and "D2MoRA" in out
     base = json.loads(d2mora_base(data))
-    for task in TASKS:  # on the test sets, too, the right word's loss falls
-        assert result["tasks"][task]["answer_loss"] < base[task], task
+    for task in TRAINED:  # on the test sets, too, the right word's loss falls; HellaSwag's words were not trained
+        assert result["tasks"][task]["answer_loss"] < 0.7 * base[task], task
 
 
 def d2mora_base(data):
