@@ -72,7 +72,7 @@ def test_all_eight_tasks_are_graded_and_cut_prompts_counted(run, data):
     assert result["tasks"]["hellaswag"]["shortened"] > 0 and "hellaswag" in out and "D2MoRA" in out
     base = json.loads(d2mora_base(data))
     for task in TRAINED:  # on the test sets, too, the right word's loss falls; HellaSwag's words were not trained
-        assert result["tasks"][task]["answer_loss"] < 0.7 * base[task], task
+        assert result["tasks"][task]["answer_loss"] < base[task] - 0.1, task
 
 
 def d2mora_base(data):
