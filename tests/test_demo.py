@@ -1,0 +1,79 @@
+"""The whole run, short: what `d2mora demo` leaves behind, and a user's mistakes on the way."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from d2mora.compare import run
+from d2mora.train import load_recipe
+
+SHORT = {"training.max_steps": 12, "training.disable_tqdm": True, "data.tasks": ["boolq", "piqa"]}
+
+
+def command(*words, **kwargs):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "d2mora.cli", *map(str, words)], capture_output=True, text=True, env=env, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    "A short `d2mora demo` in an empty folder."
+    folder = tmp_path_factory.mktemp("demo")
+    done = command("demo", "training.max_steps=12", "data.tasks=[boolq,piqa]", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "demo", done
+
+
+def test_demo_leaves_everything(demo):
+    folder, _ = demo
+    for name in ("recipe.yaml", "adapter/adapter_config.json", "metrics.jsonl", "evaluation-choice.json", "before.json", "report.md"):
+        assert (folder / name).is_file(), name
+    report = (folder / "report.md").read_text()
+    for name in ("loss", "routers", "accuracy"):
+        assert f"plots/{name}.png" in report
+        with Image.open(folder / "plots" / f"{name}.png") as picture:
+            assert picture.width > 400 and len(picture.convert("L").getcolors(100_000)) > 10
+
+
+def test_demo_grades_before_and_after(demo):
+    folder, done = demo
+    before, after = (json.loads((folder / name).read_text())["tasks"] for name in ("before.json", "evaluation-choice.json"))
+    assert list(before) == list(after) and all(t["n"] == 200 for t in (before | after).values())
+    for task, t in after.items():
+        assert f"{100 * t['accuracy']:.1f}" in done.stdout and task in done.stdout
+    assert "report.md" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_second_demo_takes_the_next_folder(demo):
+    folder, _ = demo
+    done = command("demo", "training.max_steps=1", "data.tasks=[piqa]", cwd=folder.parents[1])
+    assert done.returncode == 0 and (folder.parent / "demo-2" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["train", "demo", "data.path=toy-hrad", "--output", "run"], ["toy-hard"]),
+    (["train", "demo", "data.tasks=[boolq,piqua]", "--output", "run"], ["piqua", "piqa"]),
+    (["demo", "training.max_steps=0"], ["max_steps"]),
+])
+def test_mistakes_are_one_line(tmp_path, words, parts):
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
+    assert all(part in done.stderr for part in parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_experts_has_no_router_picture(tmp_path):
+    recipe = load_recipe("demo", SHORT)
+    recipe.adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+    text = run(recipe, tmp_path / "lora")
+    assert "loss.png" in text and not (tmp_path / "lora" / "plots" / "routers.png").exists()
+
+
+def test_an_occupied_folder_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("x")
+    with pytest.raises(ValueError, match="already holds"):
+        run(load_recipe("demo", SHORT), tmp_path)
