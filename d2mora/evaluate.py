@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['NEW_TOKENS', 'PROTOCOLS', 'NOTE', 'wilson_interval', 'fitted_prompt', 'tail_choice', 'grade_choice', 'Decided',
-           'evaluating', 'write', 'grade_generate', 'tail_generate', 'grade_rows', 'summary', 'mean_chance',
-           'load_target', 'with_adapter', 'tasks_to_grade', 'check_request', 'evaluate', 'results', 'about',
-           'write_text', 'write_results', 'text_table', 'percent', 'result_table', 'paper_rows', 'paper_table',
-           'loss_table', 'report', 'ask']
+           'write', 'grade_generate', 'tail_generate', 'grade_rows', 'summary', 'mean_chance', 'load_target',
+           'with_adapter', 'tasks_to_grade', 'check_request', 'evaluate', 'results', 'about', 'write_text',
+           'write_results', 'text_table', 'percent', 'result_table', 'paper_rows', 'paper_table', 'loss_table',
+           'report', 'ask']
 
-# %% ../nbs/10_evaluate.ipynb #6d353f12
+# %% ../nbs/10_evaluate.ipynb #9a300992
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from csv import DictReader
 from functools import partial
 from importlib.metadata import version
@@ -26,8 +25,8 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria
 
-from .data import Collator, DataConfig, collator_for, data_path, find_file, nearest, read_task, shorten_prompt
-from .tasks import ANSWER_PREFIX, PROMPT_STYLES, TASKS, TOY_WORLDS, evaluation_prompt, parse_answer, row_answers, score_options
+from .data import Collator, DataConfig, collator_for, data_path, find_file, read_task, shorten_prompt
+from .tasks import ANSWER_PREFIX, PROMPT_STYLES, TASKS, TOY_WORLDS, evaluating, evaluation_prompt, nearest, parse_answer, row_answers, score_options
 from .train import load_base, load_recipe, max_positions, read_metrics, validation_losses
 
 # %% ../nbs/10_evaluate.ipynb #619840d5
@@ -74,7 +73,7 @@ def grade_choice(
     scores = score_options(model, tokenizer, [p + ANSWER_PREFIX for p in prompts], [[f" {w}" for w in ws] for ws in words])
     return [{"predicted": ws[int(s.argmax())], "scores": dict(zip(ws, s.tolist()))} for ws, s in zip(words, scores)]
 
-# %% ../nbs/10_evaluate.ipynb #0aa2cf8e
+# %% ../nbs/10_evaluate.ipynb #84b1ad2f
 NEW_TOKENS = 32  # as published
 
 
@@ -86,15 +85,6 @@ class Decided(StoppingCriteria):
     def __call__(self, ids, scores, **kwargs):
         texts = self.tokenizer.batch_decode(ids[:, self.start:], skip_special_tokens=True)
         return torch.tensor([parse_answer(text, self.task) is not None for text in texts], device=ids.device)
-
-
-@contextmanager
-def evaluating(model):
-    "Dropout off; afterwards every module's mode is as it was."
-    modes = [(module, module.training) for module in model.modules()]
-    try: yield model.eval()
-    finally:
-        for module, mode in modes: module.training = mode
 
 # %% ../nbs/10_evaluate.ipynb #5ed56223
 def write(

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'PROMPT_STYLES', 'ANSWER_PREFIX', 'RELATIONS', 'SIZES', 'TOY_WORLDS', 'TOY_TASKS', 'TOY_SHIFTED', 'TOY_ROWS',
-           'Task', 'row_answers', 'training_prompt', 'evaluation_prompt', 'parse_answer', 'score_options', 'Relation',
-           'ToyWorld', 'toy_world', 'Question', 'toy_questions', 'toy_rows', 'toy_base']
+           'Task', 'nearest', 'row_answers', 'training_prompt', 'evaluation_prompt', 'parse_answer', 'evaluating',
+           'score_options', 'Relation', 'ToyWorld', 'toy_world', 'Question', 'toy_questions', 'toy_rows', 'toy_base']
 
-# %% ../nbs/00_tasks.ipynb #d83ab8dd
+# %% ../nbs/00_tasks.ipynb #f4351044
 import random, re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
@@ -49,13 +51,20 @@ TASKS = {task.name: task for task in (
     _task("ARC-Challenge", _ANSWERS, _ANSWERS),
     _task("openbookqa", _ANSWERS[:4], _ANSWERS))}
 
-# %% ../nbs/00_tasks.ipynb #e5c894ed
+# %% ../nbs/00_tasks.ipynb #9cac6a5b
+def nearest(
+    name: str,              # what was given
+    known: Iterable[str],   # what exists
+) -> str:                   # " (did you mean 'boolq'?)", or the list of all that exists
+    "The hint at the end of an error message."
+    known = [str(k) for k in known]
+    near = get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else f" (there are: {', '.join(known)})"
+
 def _known(value, choices, what):
     "`value` if it is one of `choices`; otherwise a ValueError that names the nearest."
     if value in choices: return value
-    near = get_close_matches(str(value), list(choices), n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(choices)}"
-    raise ValueError(f"unknown {what} '{value}': {hint}")
+    raise ValueError(f"unknown {what} '{value}'{nearest(value, choices)}")
 
 # %% ../nbs/00_tasks.ipynb #7a52c66f
 def row_answers(
@@ -123,7 +132,7 @@ def _option_tokens(tokenizer, prompt, option):
         raise ValueError(f"option {option!r} after prompt {prompt[-40:]!r}: needs at least one token each")
     return torch.tensor(coded["input_ids"]), graded
 
-# %% ../nbs/00_tasks.ipynb #35224420
+# %% ../nbs/00_tasks.ipynb #f11b0099
 @torch.no_grad()
 def _last_logprobs(model, rows, keep):
     "Log-probabilities after each of the last `keep` tokens of each row of ids: (rows, keep, V), one forward."
@@ -134,9 +143,18 @@ def _last_logprobs(model, rows, keep):
     out = model(input_ids=batch, attention_mask=mask, position_ids=position, use_cache=False, logits_to_keep=keep)
     return out.logits[:, -keep:].float().log_softmax(-1).cpu()
 
-def _modes(model): return [(m, m.training) for m in model.modules()]
+# %% ../nbs/00_tasks.ipynb #2ff016b0
+@contextmanager
+def evaluating(
+    model: nn.Module,  # any model
+) -> Iterator[nn.Module]:
+    "Dropout off; afterwards every module's mode is as it was."
+    modes = [(module, module.training) for module in model.modules()]
+    try: yield model.eval()
+    finally:
+        for module, training in modes: module.training = training
 
-# %% ../nbs/00_tasks.ipynb #d8febc49
+# %% ../nbs/00_tasks.ipynb #d1118aac
 def score_options(
     model: nn.Module,          # a causal language model of transformers, with or without an adapter
     tokenizer,                 # its (fast) tokenizer
@@ -149,10 +167,7 @@ def score_options(
     if not pairs: return [torch.empty(0) for _ in prompts]
     rows = {}                                                                                # fed tokens -> row number
     where = [rows.setdefault(tuple(ids[:-1].tolist()), len(rows)) for ids, _ in pairs]
-    modes = _modes(model)
-    try: logp = _last_logprobs(model.eval(), [torch.tensor(r) for r in rows], max(n for _, n in pairs))
-    finally:
-        for module, training in modes: module.training = training
+    with evaluating(model): logp = _last_logprobs(model, [torch.tensor(r) for r in rows], max(n for _, n in pairs))
     picked = [logp[w, -n:].gather(-1, ids[-n:, None]) for w, (ids, n) in zip(where, pairs)]  # (graded tokens, 1) each
     sums = torch.stack([p.mean() if mean else p.sum() for p in picked])
     return list(sums.split([len(os) for os in options]))

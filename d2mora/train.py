@@ -10,7 +10,7 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'orthogonality_par
            'check_output', 'differences', 'last_checkpoint', 'training_arguments', 'adapted_base', 'save_adapter',
            'write_recipe', 'make_trainer', 'train', 'validation_losses']
 
-# %% ../nbs/09_train.ipynb #70a1b897
+# %% ../nbs/09_train.ipynb #15926b01
 import copy
 import json
 import os
@@ -34,9 +34,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 import d2mora.tuner  # registers the method with PEFT
-from .data import DataConfig, check_tokenizer, collator_for, counts_table, data_path, nearest, prepare, read_rows
+from .data import DataConfig, check_tokenizer, collator_for, counts_table, data_path, prepare, read_rows
 from .orthogonality import attach_orthogonality, expert_layers, orthogonality_loss
-from .tasks import toy_base
+from .tasks import nearest, toy_base
 
 # %% ../nbs/09_train.ipynb #0818192d
 def orthogonality_parts(

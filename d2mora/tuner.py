@@ -8,7 +8,7 @@ __all__ = ['PAIRINGS', 'CARD_NOTE', 'MERGE_REFUSED', 'TARGETS', 'router_widths',
            'D2MoraLinear', 'features', 'add_experts', 'check_targets', 'warn_if_inert', 'D2MoraModel',
            'register_d2mora', 'record_routing', 'parse_official_key', 'stack_experts', 'convert_official_checkpoint']
 
-# %% ../nbs/07_tuner.ipynb #8e7937c8
+# %% ../nbs/07_tuner.ipynb #eb97b099
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +28,7 @@ from .lora import init_experts, project_up
 from .orthogonality import expert_layers
 from .routers import many_to_many, route
 from .shared_a import one_to_many, one_to_one
+from .tasks import nearest
 
 # %% ../nbs/07_tuner.ipynb #30ffc98f
 PAIRINGS: dict[str, Callable] = {
@@ -58,7 +59,7 @@ def router_widths(
         raise ValueError(f"it gives {tuple(mixed.shape[1:-1])} low-rank vectors for {N} up-projections")
     return widths
 
-# %% ../nbs/07_tuner.ipynb #1e35bf5c
+# %% ../nbs/07_tuner.ipynb #10c54c32
 def check_number(
     name: str,                   # the field
     value: object,               # what the user gave
@@ -80,8 +81,7 @@ def check_choice(
 ) -> None:
     "Raise a ValueError that names the field, the value and the nearest right one."
     if value not in list(choices):
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}" + (f" (did you mean {near[0]}?)" if near else ""))
+        raise ValueError(f"{name}={value!r} is unknown{nearest(value, choices)}")
 
 # %% ../nbs/07_tuner.ipynb #ab7736ca
 def check_experts(

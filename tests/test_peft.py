@@ -311,7 +311,7 @@ BAD = [
     (dict(r="8"), "r='8'"),
     (dict(num_down_experts=0), "num_down_experts=0"),
     (dict(num_up_experts=-1), "num_up_experts=-1"),
-    (dict(pairing="many-to-mony"), "did you mean many-to-many"),
+    (dict(pairing="many-to-mony"), "did you mean 'many-to-many'"),
     (dict(pairing="one-to-one", num_down_experts=3, num_up_experts=4), "num_down_experts = num_up_experts"),
     (dict(pairing="one-to-many", num_down_experts=2), "num_down_experts=1"),
     (dict(pairing="one-to-many", num_down_experts=8, num_up_experts=8), "num_down_experts=1"),
@@ -321,7 +321,7 @@ BAD = [
     (dict(lora_dropout=-0.1), "lora_dropout=-0.1"),
     (dict(lora_alpha="16"), "lora_alpha='16'"),
     (dict(lora_alpha=float("inf")), "lora_alpha=inf"),
-    (dict(expert_dropout="share"), "did you mean shared"),
+    (dict(expert_dropout="share"), "did you mean 'shared'"),
     (dict(layers_pattern="layers"), "layers_to_transform"),
 ]
 
