@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test nbmake: export HF_HUB_OFFLINE = 1
-.PHONY: install test roundtrip nbmake lab lab-check notebooks docs readme drawings demo base
+.PHONY: install test roundtrip nbmake lab lab-check notebooks docs readme drawings demo base bench
 
 install: .venv/installed                     ## .venv with the pinned working set, and d2mora in place
 .venv/installed: constraints.txt pyproject.toml
@@ -45,6 +45,9 @@ drawings: install                            ## nbs/images/*.svg
 
 demo: install                                ## train, grade and draw on the embedded toy world
 	$(BIN)/d2mora demo
+
+bench: install                               ## the layer against LoRA and loops: benchmarks/results/layer.json (under 10 minutes)
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/layer.py
 
 base: install                                ## make the embedded toy base again from its seed (10 to 20 minutes)
 	$(BIN)/python nbs/pretrain_base.py

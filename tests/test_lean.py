@@ -5,23 +5,33 @@ import torch
 import torch.nn.functional as F
 from helpers import adapted, tokens
 
-from d2mora.lean import DropoutProject, dropout_project, pack_bits, unpack_bits
+from d2mora.lean import DropoutProject, draw_mask, dropout_project, pack_bits, unpack_bits
 from d2mora.lora import project_down
 
 
-@pytest.mark.parametrize("shape", [(0,), (1,), (8,), (3, 5), (2, 7, 16)])
-def test_bits_come_back(shape):
-    mask = torch.rand(shape) < 0.5
+@pytest.mark.parametrize("count", [0, 8, 16, 104])
+def test_bits_come_back(count):
+    mask = torch.rand(count) < 0.5
     packed = pack_bits(mask)
-    assert packed.dtype == torch.uint8 and packed.numel() == -(-mask.numel() // 8)
-    assert torch.equal(unpack_bits(packed, mask.shape), mask)
+    assert packed.dtype == torch.uint8 and packed.numel() == count // 8
+    assert torch.equal(unpack_bits(packed), mask)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1001])
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.99])
+def test_a_mask_drops_at_its_rate(count, p):
+    mask = draw_mask(count, p)
+    assert mask.dtype == torch.bool and len(mask) == -(-count // 8) * 8
+    kept = draw_mask(400_000, p).view(-1, 8).float()
+    assert (1 - kept.mean(0) - p).abs().max() < 5 * (p * (1 - p) / len(kept)) ** 0.5 + 1 / 65536  # at each place of a byte
+    assert (torch.corrcoef(kept.T + 1e-3 * torch.randn_like(kept.T)) - torch.eye(8)).abs().max() < 0.03  # and independently
 
 
 def composed(x, A, p, seed):
     "The plain composition, with the mask that the fused function draws."
     torch.manual_seed(seed)
-    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
-    return project_down(x * keep / (1 - p), A)
+    keep = draw_mask(x.numel(), p)[: x.numel()].view(x.shape)
+    return project_down(x * keep / (1 - round(p * 65536) / 65536), A)
 
 
 @pytest.mark.parametrize("shape", [(6, 16), (2, 5, 16), (16,), (0, 16)])
