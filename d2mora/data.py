@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALIKE', 'PUBLISHED', 'COUNTED', 'DataConfig', 'check_data_config', 'row_problem', 'file_problem', 'quiet',
-           'read_file', 'task_of', 'find_file', 'mixed_rows', 'check_rows', 'read_task', 'read_rows', 'data_path',
-           'plain', 'test_questions', 'survey', 'tokenize', 'answer_start', 'shorten_prompt', 'encode_row', 'encode',
-           'Collator', 'check_tokenizer', 'collator_for', 'Prepared', 'cache_key', 'workers', 'encode_rows',
+           'read_file', 'column', 'task_of', 'find_file', 'mixed_rows', 'check_rows', 'read_task', 'read_rows',
+           'data_path', 'plain', 'test_questions', 'survey', 'tokenize', 'answer_start', 'shorten_prompt', 'encode_row',
+           'encode', 'Collator', 'check_tokenizer', 'collator_for', 'Prepared', 'cache_key', 'workers', 'encode_rows',
            'count_fates', 'split_validation', 'prepare', 'counts_table', 'pack', 'check_packing', 'ByLength',
            'sampling_arguments', 'epoch_batches', 'computed_tokens', 'effective_tasks', 'logits_where_graded',
            'useful_tokens']
@@ -115,6 +115,11 @@ def read_file(
     if "instruction" not in rows.column_names: raise ValueError(f"{path}: {file_problem(path) or 'row 0: the field instruction is missing'}")
     return rows.select_columns([c for c in rows.column_names if c in ("instruction", "input", "output", "answer")])
 
+# %% ../nbs/08_data.ipynb #f5c96ee5
+def column(rows: "datasets.Dataset", name: str) -> list:
+    "A whole column at once."
+    return rows[name][:]
+
 # %% ../nbs/08_data.ipynb #7cc35736
 ALIKE = ("ARC-Easy", "ARC-Challenge", "openbookqa")  # cannot be told apart in one mixed file
 
@@ -142,7 +147,7 @@ def find_file(
     raise ValueError(f"{path/task}: no {split}.json or {split}.json.gz; put it there or leave {task} out"
                      f" (with {split} files here: {', '.join(there) or 'none'})")
 
-# %% ../nbs/08_data.ipynb #667c81dd
+# %% ../nbs/08_data.ipynb #bca540ae
 def mixed_rows(
     path: Path,        # commonsense_170k.json
     tasks: list[str],  # the tasks wanted
@@ -153,7 +158,7 @@ def mixed_rows(
         raise ValueError(f"{path}: in one file the rows of {', '.join(ALIKE)} cannot be told apart: "
                          "name all three in data.tasks or none, or use a folder with one folder a task")
     rows = read_file(path)
-    found = [task_of(row) if row["instruction"] else None for row in rows]
+    found = [task_of({"instruction": text}) if text else None for text in column(rows, "instruction")]
     if None in found: raise ValueError(f"{path}: row {found.index(None)}: field 'instruction' belongs to none of the eight tasks")
     rows = rows.add_column("task", found).add_column("row", list(range(len(rows))))
     return rows.select([i for i, task in enumerate(found) if task in tasks])
@@ -209,7 +214,7 @@ def data_path(config: DataConfig) -> str:
     if not path: raise ValueError("data.path is missing: give a folder with <task>/train.json, or toy, or set D2MORA_DATA")
     return str(path)
 
-# %% ../nbs/08_data.ipynb #8f954bbe
+# %% ../nbs/08_data.ipynb #9f92a66b
 PUBLISHED = {"boolq": 9427, "piqa": 16113, "social_i_qa": 33410, "hellaswag": 39905, "winogrande": 63238, "ARC-Easy": 2251,
              "ARC-Challenge": 1119, "openbookqa": 4957}  # training rows of Commonsense-170K
 
@@ -226,23 +231,23 @@ def test_questions(
     "The questions that training rows must not repeat."
     if str(path) in TOY_WORLDS: return {plain(row["instruction"]) for row in toy_rows(path, task, "test")}
     there = Path(path).is_dir() and any((Path(path)/task).glob("test.json*"))
-    return set(map(plain, read_file(find_file(Path(path), task, "test"))["instruction"])) if there else set()
+    return set(map(plain, column(read_file(find_file(Path(path), task, "test")), "instruction"))) if there else set()
 
-# %% ../nbs/08_data.ipynb #f2e82ede
+# %% ../nbs/08_data.ipynb #46d23b0e
 def survey(
     rows: "datasets.Dataset",  # from `read_rows`
     path: str | None = None,   # where they come from, to compare with published counts and test questions
 ) -> dict[str, dict[str, int]]:  # for each task: rows, published, repeated, in_test
     "Count what a file's form does not show."
-    tasks, questions = list(rows["task"]), list(map(plain, rows["instruction"]))
     mixed = path is not None and Path(path).is_file()
     published = PUBLISHED | ({"openbookqa": sum(PUBLISHED[task] for task in ALIKE)} if mixed else {})
+    every = Counter(zip(column(rows, "task"), map(plain, column(rows, "instruction")), column(rows, "answer")))
     counts = {}
-    for task in dict.fromkeys(tasks):
-        own = Counter((question, answer) for question, answer, t in zip(questions, rows["answer"], tasks) if t == task)
-        known = test_questions(path, task) if path else set()
-        counts[task] = {"rows": own.total(), "published": 0 if str(path) in TOY_WORLDS else published[task],
-                        "repeated": own.total() - len(own), "in_test": sum(n for (question, _), n in own.items() if question in known)}
+    for task in dict.fromkeys(task for task, *_ in every):
+        own = [(question, n) for (t, question, _), n in every.items() if t == task]
+        total, known = sum(n for _, n in own), test_questions(path, task) if path else set()
+        counts[task] = {"rows": total, "published": 0 if str(path) in TOY_WORLDS else published[task],
+                        "repeated": total - len(own), "in_test": sum(n for question, n in own if question in known)}
     return counts
 
 # %% ../nbs/08_data.ipynb #f9701c1c
@@ -394,7 +399,7 @@ def count_fates(
     return {task: {"rows": n} | {fate: pairs[task, fate] for fate in ("shortened", "skipped", "lost")}
             for task, n in Counter(tasks).items()}
 
-# %% ../nbs/08_data.ipynb #2ef59cf4
+# %% ../nbs/08_data.ipynb #fb231684
 def split_validation(
     rows: "datasets.Dataset",  # encoded rows
     config: DataConfig,        # validation_rows
@@ -404,10 +409,11 @@ def split_validation(
     if config.validation_rows >= len(rows):
         raise ValueError(f"data.validation_rows={config.validation_rows} leaves nothing to train on: there are {len(rows)} rows")
     split = rows.train_test_split(test_size=config.validation_rows, seed=42)
-    tasks = list(split["test"]["task"])
-    return split["train"], {t: split["test"].select([i for i, own in enumerate(tasks) if own == t]) for t in dict.fromkeys(rows["task"]) if t in set(tasks)}
+    tasks = column(split["test"], "task")
+    by_task = {t: split["test"].select([i for i, own in enumerate(tasks) if own == t]) for t in dict.fromkeys(column(rows, "task"))}
+    return split["train"], {task: own for task, own in by_task.items() if len(own)}
 
-# %% ../nbs/08_data.ipynb #36ce27f6
+# %% ../nbs/08_data.ipynb #bd620e84
 def prepare(
     rows: "datasets.Dataset",  # from `read_rows`
     config: DataConfig,        # the `data:` section of a recipe
@@ -416,7 +422,7 @@ def prepare(
     "Encode, count and split the rows of a recipe."
     check_tokenizer(tokenizer)
     coded = encode_rows(rows, config, tokenizer)
-    tasks, fates = list(coded["task"]), list(coded["fate"])
+    tasks, fates = column(coded, "task"), column(coded, "fate")
     found, hit = survey(rows, config.path), count_fates(tasks, fates)
     if "skipped" in fates: coded = coded.select([i for i, fate in enumerate(fates) if fate != "skipped"])
     if not len(coded): raise ValueError(f"data.cutoff={config.cutoff} skips every row: raise it, or set data.truncation=prompt")
