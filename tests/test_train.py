@@ -1,11 +1,6 @@
 """Runs as processes leave them, and recipes as people write them."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -57,7 +52,7 @@ def test_a_run_folder_can_be_read_back(tmp_path):
     recipe = load_recipe("demo", SMALL)
     run = train(recipe, tmp_path / "run")
     assert load_recipe(run / "recipe.yaml") == recipe and yaml.safe_load((run / "recipe.yaml").read_text())["base"] == "toy"
-    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "adapter", "checkpoints", "metrics.jsonl"}
+    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "adapter", "checkpoints", "metrics.jsonl", ".lock"}
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"].endswith("toy-base") and config["peft_type"] == "D2MORA"
     card = (run / "adapter" / "README.md").read_text().split("---\n", 2)[2].strip()
@@ -89,7 +84,7 @@ def test_every_adapter_of_peft_is_a_recipe(adapter, tmp_path):
     run = train(load_recipe(tmp_path / "own.yaml", SMALL | {"training.learning_rate": 0.01}), tmp_path / "run")
     before, after = validation_losses(run)["boolq"]
     assert after < before
-    assert ("orthogonality_up" in read_metrics(run)[-2]) == (adapter["peft_type"] == "D2MORA")
+    assert all(("orthogonality_up" in line) == (adapter["peft_type"] == "D2MORA") for line in read_metrics(run) if "loss" in line)
 
 
 def test_callbacks_are_called(tmp_path):
@@ -108,35 +103,6 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
     runs = [train(load_recipe("demo", SMALL | {"training.seed": seed}), tmp_path / name) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     assert same(weights(runs[0]), weights(runs[1])) and not same(weights(runs[0]), weights(runs[2]))
     assert (runs[0] / "metrics.jsonl").read_text() == (runs[1] / "metrics.jsonl").read_text()
-
-
-def begin(output, *overrides):
-    "Start `d2mora train` as a process of its own."
-    args = [f"{key}={json.dumps(value)}" for key, value in (SMALL | {"training.max_steps": 60, "training.save_steps": 4, "training.save_total_limit": 3, "adapter.lora_dropout": 0.1}).items()]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-m", "d2mora.cli", "train", "demo", *args, "--output", str(output), *overrides],
-                            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def checkpoints(run):
-    "Steps of the checkpoints that are there."
-    return [int(p.name.rpartition("-")[2]) for p in run.glob("checkpoints/checkpoint-*")]
-
-
-def test_a_killed_process_resumes_to_the_bit(tmp_path):
-    whole = begin(tmp_path / "whole")
-    killed = begin(tmp_path / "killed")
-    until = time.time() + 300
-    while not any(step >= 8 for step in checkpoints(tmp_path / "killed")) and time.time() < until:
-        assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL), killed.wait()
-    assert not (tmp_path / "killed" / "adapter").exists()
-    out, err = begin(tmp_path / "killed", "--resume").communicate(timeout=300)
-    assert "go on from checkpoint-" in err, err
-    assert whole.wait(timeout=300) == 0
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "killed")
 
 
 def test_resume_refuses_another_recipe_and_accepts_a_finished_run(tmp_path, capsys):
