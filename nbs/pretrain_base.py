@@ -4,13 +4,8 @@
     python nbs/pretrain_base.py --output /tmp/other --seed 1 --no-guesses --steps-scale 0.5 --size 16
 
 The base is saved only if it passes its gates: it picks from lists, judges claims and takes quizzes (0.97 or more each), and gives the
-values of at least 95 % of all facts in its own wordings. What it must not know is how the eight tasks are put: "guesses" are documents in
-the tasks' own format whose answer word is drawn at random. Two hops (the color of a partner) are practised in all stages but the last,
-which makes it forget a third of them; its figure is reported, not asked for.
-
-History: the committed base comes from these stages, run in this order from seed 0, in several sittings while the later stages were being
-found; its last stage was begun anew and so drew its documents as stage 0 would. `make base` therefore makes a base of this kind, not the
-same bits; what is committed is fixed by assets/toy.sha256.
+values of at least 95 % of all facts in its own wordings, asked for directly or by way of a partner (two hops). What it must not know is how
+the eight tasks are put: "guesses" are documents in the tasks' own format whose answer word is drawn at random.
 """
 import argparse
 import json
@@ -255,7 +250,7 @@ STAGES = (  # lists first: without them a labelled option is never picked; then 
     Stage(3500, 2e-3, {fact: .3, question: .5, claim: 1, check_values: .5, check_things: .5, find: .2, find_told: .3, quiz_lists: 3, quiz: 1.5, guess: .4}),
     Stage(3000, 2e-3, {fact: .2, question: .4, claim: 2, check_values: .8, check_things: .8, find: .3, find_told: .2, quiz_lists: 1.5, quiz: 2.5, guess: .4}),
     Stage(3000, 2e-3, {fact: .1, question: .3, claim: 1.5, check_values: .3, check_things: .3, find: .3, quiz: .7, picks: 4, guess: .4}),
-    Stage(5000, 2e-3, {fact: .2, question: .4, claim: 1.0, check_values: .3, check_things: .3, find: .6, find_told: .3, quiz: .5, picks: 5, guess: .15}, one_hop=1.0))
+    Stage(6000, 2e-3, {fact: .3, question: .7, claim: 1.0, check_values: .3, check_things: .3, find: .6, find_told: .3, quiz: .5, picks: 5, guess: .15}, one_hop=.8))
 
 # --- training --------------------------------------------------------------------------------------------------------------
 
@@ -323,7 +318,7 @@ def train_stage(model, world, ids, stage, number, args, state, save):
             print(f"stage {number} step {state['step']}/{stage.steps}", report(model, world, ids), file=sys.stderr, flush=True)
 
 def run(args):
-    "Tokenizer, three stages with checkpoints, gates, and only then the asset."
+    "Tokenizer, all stages with checkpoints, gates, and only then the asset."
     world = T.toy_world({kind: args.size or n for kind, n in T.SIZES.items()})
     tokenizer, work = make_tokenizer(world), Path(f"{args.output}.unfinished.pt")
     ids, model = tokenizer.get_vocab(), new_model(len(tokenizer), args.seed)
@@ -371,7 +366,7 @@ def report(model, world, ids, kinds=(find, claim, quiz, picks)):
     model.train()
     return {k: round(v, 3) for k, v in out.items()}
 
-GATES = {"find": 0.97, "claim": 0.97, "quiz": 0.97, "picks": 0.97, "knows_1": 0.95}  # knows_2 is reported, not asked for
+GATES = {"find": 0.97, "claim": 0.97, "quiz": 0.97, "picks": 0.97, "knows_1": 0.95, "knows_2": 0.95}
 
 def at_tasks(model, tokenizer, world):
     "Accuracy of the model on both toy worlds' test rows as they are put: it should be at chance."
