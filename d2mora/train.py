@@ -9,9 +9,9 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'LOCK', 'USAGE', '
            'load_recipe', 'base_folder', 'load_base', 'max_positions', 'metric_line', 'MetricsWriter', 'read_metrics',
            'validation_losses', 'ProgressBar', 'differences', 'check_output', 'main_process', 'locked', 'publish',
            'writing', 'checkpoints', 'rotate', 'last_checkpoint', 'save_complete', 'Stopper', 'batch_rows', 'row_names',
-           'check_finite', 'scaler_copes', 'RunTrainer', 'with_mean', 'check_device', 'training_arguments',
-           'adapted_base', 'global_batch', 'make_trainer', 'count_saved', 'card_facts', 'card_scores', 'write_card',
-           'save_adapter', 'write_recipe', 'begin_from', 'fit', 'train']
+           'check_finite', 'scaler_copes', 'row_losses', 'mean_loss', 'RunTrainer', 'with_mean', 'check_device',
+           'training_arguments', 'adapted_base', 'global_batch', 'make_trainer', 'count_saved', 'card_facts',
+           'card_scores', 'write_card', 'save_adapter', 'write_recipe', 'begin_from', 'fit', 'train']
 
 # %% ../nbs/09_train.ipynb #6c0f6dd5
 import copy
@@ -352,13 +352,13 @@ def validation_losses(
             if key.startswith("eval_") and key.endswith("_loss") and key != "eval_loss": lines.setdefault(key[5:-5], []).append(line[key])
     return {task: (losses[0], losses[-1]) for task, losses in lines.items()}
 
-# %% ../nbs/09_train.ipynb #7707b1ce
+# %% ../nbs/09_train.ipynb #00eb14e7
 class ProgressBar(TrainerCallback):
     "A bar on stderr with losses, useful tokens per second and the time left; results on stdout stay clean."
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", file=sys.stderr,
-                        dynamic_ncols=True, disable=args.disable_tqdm or not state.is_world_process_zero)
+                        dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30, disable=args.disable_tqdm or not state.is_world_process_zero)
 
     def on_step_end(self, args, state, control, **kwargs): self.bar.update(state.global_step - self.bar.n)
 
@@ -558,7 +558,7 @@ def check_finite(
     raise FloatingPointError(f"step {trainer.state.global_step + 1}: the {what} is {value}; rows of the batch (task and number): {', '.join(rows[:64])}; "
                              f"last good checkpoint: {good.name if good else 'none yet'}; lower training.learning_rate, or train in bf16 or fp32")
 
-# %% ../nbs/09_train.ipynb #3a7f5055
+# %% ../nbs/09_train.ipynb #edd6236f
 def scaler_copes(
     trainer: "RunTrainer",
 ) -> bool:  # whether an infinite gradient is the scaler's business
@@ -566,7 +566,28 @@ def scaler_copes(
     scaler = trainer.accelerator.scaler
     return scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1
 
+# %% ../nbs/09_train.ipynb #e0c13872
+def row_losses(
+    model,         # a causal language model
+    inputs: dict,  # a padded batch with labels (rows, tokens)
+) -> Tensor:       # for each row the sum of its losses (nats) and its graded tokens, (rows, 2)
+    "Grade each row by itself."
+    following = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # (rows, tokens): what comes next
+    keep, logits = following != -100, model(**inputs).logits
+    logits = logits[keep] if logits.shape[:-1] == keep.shape else logits.flatten(0, -2)  # (graded, vocabulary)
+    losses = torch.nn.functional.cross_entropy(logits.float(), following[keep], reduction="none")
+    sums = losses.new_zeros(len(keep)).index_add(0, keep.nonzero()[:, 0], losses)
+    return torch.stack([sums, keep.sum(-1)], -1)
 
+
+def mean_loss(
+    graded: transformers.EvalPrediction,  # its predictions are all rows of `row_losses`
+) -> dict[str, float]:                    # nats per graded token
+    "The mean over tokens."
+    total, tokens = graded.predictions.astype(float).sum(0)
+    return {"loss": float(total / tokens)}
+
+# %% ../nbs/09_train.ipynb #544fb974
 class RunTrainer(D2MoraTrainer):
     "Trains in a run folder: checkpoints are complete or absent, and what is not finite stops it."
 
@@ -594,6 +615,10 @@ class RunTrainer(D2MoraTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if not scaler_copes(self): check_finite(self, "gradient norm", norm, self.batches)
         return norm
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        with torch.no_grad(): rows = row_losses(model, self._prepare_inputs(inputs))
+        return None, rows, rows[:, 1]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         metrics = super().evaluate(eval_dataset, *args, **kwargs)  # which calls this again for each task
@@ -637,7 +662,7 @@ def check_device(
     asked += [f"CUDA_VISIBLE_DEVICES={named}"] if named and not named.startswith("-") else []
     if asked and not torch.accelerator.is_available(): raise ValueError(f"{asked[0]} asks for a GPU, but torch {torch.__version__} sees none: {mend}")
 
-# %% ../nbs/09_train.ipynb #115f54ae
+# %% ../nbs/09_train.ipynb #59744866
 def training_arguments(
     recipe: Recipe,  # its `training:` section
     output: Path,    # the run folder
@@ -648,7 +673,8 @@ def training_arguments(
     for key, off in {"eval_strategy": "no", "load_best_model_at_end": False}.items():
         if training.get(key, off) != off and not validates: raise ValueError(f"training.{key}={training[key]} needs data.validation_rows of 1 or more")
     check_device(training)
-    usual = {"report_to": "none", "disable_tqdm": False, "dataloader_pin_memory": torch.cuda.is_available(), "include_num_input_tokens_seen": "non_padding"}
+    usual = {"report_to": "none", "disable_tqdm": False, "dataloader_pin_memory": torch.cuda.is_available(),
+             "include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False}
     ours = {"output_dir": str(output/"checkpoints"), "remove_unused_columns": False, "eval_on_start": validates and not resumed, "logging_nan_inf_filter": False}
     try: return TrainingArguments(**usual | training | ours | sampling_arguments(recipe.data))
     except (ValueError, TypeError, ImportError, RuntimeError) as error: raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
@@ -673,7 +699,7 @@ def global_batch(args: TrainingArguments) -> str:
     sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     return f"a step reads {math.prod(sizes)} rows: {sizes[0]} at once, {sizes[1]} times, in {sizes[2]} process{'es'*(sizes[2] > 1)}"
 
-# %% ../nbs/09_train.ipynb #e394761b
+# %% ../nbs/09_train.ipynb #20734668
 def make_trainer(
     recipe: Recipe,           # what to train
     output: Path,             # the run folder
@@ -688,7 +714,8 @@ def make_trainer(
     if recipe.data.sampling == "packed": check_packing(model)
     logits_where_graded(model)
     callbacks = [*callbacks, MetricsWriter(output/"metrics.jsonl"), ProgressBar()]
-    try: trainer = RunTrainer(model, args, data_collator=collator_for(tokenizer), train_dataset=ready.train, eval_dataset=ready.validation or None, callbacks=callbacks)
+    try: trainer = RunTrainer(model, args, data_collator=collator_for(tokenizer), train_dataset=ready.train, eval_dataset=ready.validation or None,
+                              compute_metrics=mean_loss, callbacks=callbacks)
     except (ImportError, RuntimeError) as error: raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
     for theirs in (DEFAULT_PROGRESS_CALLBACK, transformers.PrinterCallback): trainer.remove_callback(theirs)
     return trainer
