@@ -8,10 +8,11 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'LOCK', 'USAGE', '
            'adapter_class', 'adapter_config', 'check_training', 'parse_override', 'override', 'all_keys', 'absolute',
            'load_recipe', 'base_folder', 'load_base', 'max_positions', 'metric_line', 'MetricsWriter', 'read_metrics',
            'validation_losses', 'ProgressBar', 'differences', 'check_output', 'main_process', 'locked', 'publish',
-           'writing', 'checkpoints', 'rotate', 'last_checkpoint', 'save_complete', 'Stopper', 'batch_rows', 'row_names',
-           'check_finite', 'scaler_copes', 'row_losses', 'mean_loss', 'RunTrainer', 'with_mean', 'check_device',
-           'training_arguments', 'adapted_base', 'global_batch', 'make_trainer', 'count_saved', 'card_facts',
-           'card_scores', 'write_card', 'save_adapter', 'write_recipe', 'begin_from', 'fit', 'train']
+           'writing', 'checkpoints', 'rotate', 'last_checkpoint', 'save_complete', 'SafeTrainer', 'Stopper',
+           'batch_rows', 'row_names', 'check_finite', 'scaler_copes', 'row_losses', 'mean_loss', 'RunTrainer',
+           'with_mean', 'check_device', 'training_arguments', 'adapted_base', 'global_batch', 'make_trainer',
+           'count_saved', 'card_facts', 'card_scores', 'write_card', 'save_adapter', 'write_recipe', 'begin_from',
+           'fit', 'train']
 
 # %% ../nbs/09_train.ipynb #6c0f6dd5
 import copy
@@ -479,10 +480,10 @@ def last_checkpoint(
     "The newest complete checkpoint."
     return next(reversed(checkpoints(folder)), None)
 
-# %% ../nbs/09_train.ipynb #3fce3c90
+# %% ../nbs/09_train.ipynb #7ee0e601
 def save_complete(
-    trainer: "RunTrainer",  # at the step to save
-    save,                   # the Trainer's own saving, without arguments
+    trainer: "SafeTrainer",  # at the step to save
+    save,                    # the Trainer's own saving, without arguments
 ) -> None:
     "Write a checkpoint aside, then give it its name and take the oldest away."
     folder, name, state = Path(trainer.args.output_dir), f"checkpoint-{trainer.state.global_step}", trainer.state
@@ -499,6 +500,24 @@ def save_complete(
     wait()
     if main: publish(aside/name, folder/name), aside.rmdir(), rotate(folder, trainer.args.save_total_limit, f"checkpoint-{state.best_global_step}")
     wait()
+
+# %% ../nbs/09_train.ipynb #4504dd48
+class SafeTrainer(D2MoraTrainer):
+    "A checkpoint of its is complete or absent."
+
+    aside = None  # where one is being written
+
+    def _get_output_dir(self, trial): return self.aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial): save_complete(self, lambda: super(SafeTrainer, self)._save_checkpoint(model, trial))
+
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps: super()._run_epoch(**kwargs)
+        else: self.control.should_training_stop = True
+
+    def _finalize_training(self, *args, **kwargs):
+        self.args.save_total_limit = None  # else it deletes by itself
+        return super()._finalize_training(*args, **kwargs)
 
 # %% ../nbs/09_train.ipynb #f98e4ecc
 class Stopper(TrainerCallback):
@@ -587,11 +606,11 @@ def mean_loss(
     total, tokens = graded.predictions.astype(float).sum(0)
     return {"loss": float(total / tokens)}
 
-# %% ../nbs/09_train.ipynb #544fb974
-class RunTrainer(D2MoraTrainer):
-    "Trains in a run folder: checkpoints are complete or absent, and what is not finite stops it."
+# %% ../nbs/09_train.ipynb #cafac8b5
+class RunTrainer(SafeTrainer):
+    "Trains in a run folder: what is not finite stops it, and its numbers are means over tokens."
 
-    aside, batches = None, ()
+    batches = ()
 
     def get_batch_samples(self, *args, **kwargs):
         self.batches, items = super().get_batch_samples(*args, **kwargs)
@@ -623,18 +642,6 @@ class RunTrainer(D2MoraTrainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         metrics = super().evaluate(eval_dataset, *args, **kwargs)  # which calls this again for each task
         return metrics if eval_dataset else with_mean(self, metrics)
-
-    def _run_epoch(self, **kwargs):
-        if self.state.global_step < self.state.max_steps: super()._run_epoch(**kwargs)
-        else: self.control.should_training_stop = True
-
-    def _finalize_training(self, *args, **kwargs):
-        self.args.save_total_limit = None  # else it deletes a checkpoint itself, file by file
-        return super()._finalize_training(*args, **kwargs)
-
-    def _get_output_dir(self, trial): return self.aside or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial): save_complete(self, lambda: super(RunTrainer, self)._save_checkpoint(model, trial))
 
 # %% ../nbs/09_train.ipynb #e05b4dc3
 def with_mean(
