@@ -9,10 +9,10 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'LOCK', 'USAGE', '
            'load_recipe', 'base_folder', 'load_base', 'max_positions', 'metric_line', 'MetricsWriter', 'read_metrics',
            'validation_losses', 'ProgressBar', 'differences', 'check_output', 'main_process', 'locked', 'publish',
            'writing', 'checkpoints', 'rotate', 'last_checkpoint', 'save_complete', 'SafeTrainer', 'Stopper',
-           'batch_rows', 'row_names', 'check_finite', 'scaler_copes', 'row_losses', 'mean_loss', 'RunTrainer',
-           'with_mean', 'check_device', 'training_arguments', 'adapted_base', 'global_batch', 'make_trainer',
-           'count_saved', 'card_facts', 'card_scores', 'write_card', 'save_adapter', 'write_recipe', 'begin_from',
-           'fit', 'train']
+           'row_losses', 'mean_loss', 'with_mean', 'FairTrainer', 'batch_rows', 'row_names', 'check_finite',
+           'scaler_copes', 'RunTrainer', 'check_device', 'training_arguments', 'adapted_base', 'global_batch',
+           'make_trainer', 'count_saved', 'card_facts', 'card_scores', 'write_card', 'save_adapter', 'write_recipe',
+           'begin_from', 'fit', 'train']
 
 # %% ../nbs/09_train.ipynb #6c0f6dd5
 import copy
@@ -542,6 +542,59 @@ class Stopper(TrainerCallback):
         finally:
             if main: signal.signal(signal.SIGTERM, before)
 
+# %% ../nbs/09_train.ipynb #e0c13872
+def row_losses(
+    model,         # a causal language model
+    inputs: dict,  # a padded batch with labels (rows, tokens)
+) -> Tensor:       # for each row the sum of its losses (nats) and its graded tokens, (rows, 2)
+    "Grade each row by itself."
+    following = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # (rows, tokens): what comes next
+    keep, logits = following != -100, model(**inputs).logits
+    logits = logits[keep] if logits.shape[:-1] == keep.shape else logits.flatten(0, -2)  # (graded, vocabulary)
+    losses = torch.nn.functional.cross_entropy(logits.float(), following[keep], reduction="none")
+    sums = losses.new_zeros(len(keep)).index_add(0, keep.nonzero()[:, 0], losses)
+    return torch.stack([sums, keep.sum(-1)], -1)
+
+
+def mean_loss(
+    graded: transformers.EvalPrediction,  # its predictions are all rows of `row_losses`
+) -> dict[str, float]:                    # nats per graded token
+    "The mean over tokens."
+    total, tokens = graded.predictions.astype(float).sum(0)
+    return {"loss": float(total / tokens)}
+
+# %% ../nbs/09_train.ipynb #18d35ac6
+def with_mean(
+    trainer: "FairTrainer",
+    metrics: dict,  # of all tasks: eval_TASK_loss
+) -> dict:          # of all: with eval_loss, which `metric_for_best_model: loss` means
+    "Add and log the mean of the tasks' losses."
+    losses = [metrics[f"eval_{task}_loss"] for task in trainer.eval_dataset]
+    mean = {"eval_loss": sum(losses) / len(losses)}
+    trainer.log(dict(mean))
+    return metrics | mean
+
+# %% ../nbs/09_train.ipynb #7e395c70
+class FairTrainer(SafeTrainer):
+    "Held-out losses are means over tokens, and tokens are counted without padding."
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        with torch.no_grad(): rows = row_losses(model, self._prepare_inputs(inputs))
+        return None, rows, rows[:, 1]
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)  # which calls this again for each task
+        return metrics if eval_dataset else with_mean(self, metrics)
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = train_dataset or self.train_dataset
+        if self.args.train_sampling_strategy != "group_by_length": return super()._get_train_sampler(rows)
+        return ByLength(rows["length"], self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed)
+
+    def _track_num_input_tokens(self, inputs):
+        tokens = torch.tensor([useful_tokens(inputs)], device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+
 # %% ../nbs/09_train.ipynb #642d8346
 def batch_rows(
     batch: dict,  # from the collator: (rows, longest), or packed end to end (1, tokens)
@@ -585,45 +638,15 @@ def scaler_copes(
     scaler = trainer.accelerator.scaler
     return scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1
 
-# %% ../nbs/09_train.ipynb #e0c13872
-def row_losses(
-    model,         # a causal language model
-    inputs: dict,  # a padded batch with labels (rows, tokens)
-) -> Tensor:       # for each row the sum of its losses (nats) and its graded tokens, (rows, 2)
-    "Grade each row by itself."
-    following = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # (rows, tokens): what comes next
-    keep, logits = following != -100, model(**inputs).logits
-    logits = logits[keep] if logits.shape[:-1] == keep.shape else logits.flatten(0, -2)  # (graded, vocabulary)
-    losses = torch.nn.functional.cross_entropy(logits.float(), following[keep], reduction="none")
-    sums = losses.new_zeros(len(keep)).index_add(0, keep.nonzero()[:, 0], losses)
-    return torch.stack([sums, keep.sum(-1)], -1)
-
-
-def mean_loss(
-    graded: transformers.EvalPrediction,  # its predictions are all rows of `row_losses`
-) -> dict[str, float]:                    # nats per graded token
-    "The mean over tokens."
-    total, tokens = graded.predictions.astype(float).sum(0)
-    return {"loss": float(total / tokens)}
-
-# %% ../nbs/09_train.ipynb #cafac8b5
-class RunTrainer(SafeTrainer):
-    "Trains in a run folder: what is not finite stops it, and its numbers are means over tokens."
+# %% ../nbs/09_train.ipynb #8ec56605
+class RunTrainer(FairTrainer):
+    "Trains in a run folder: what is not finite stops it."
 
     batches = ()
 
     def get_batch_samples(self, *args, **kwargs):
         self.batches, items = super().get_batch_samples(*args, **kwargs)
         return self.batches, items
-
-    def _get_train_sampler(self, train_dataset=None):
-        rows = train_dataset or self.train_dataset
-        if self.args.train_sampling_strategy != "group_by_length": return super()._get_train_sampler(rows)
-        return ByLength(rows["length"], self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed)
-
-    def _track_num_input_tokens(self, inputs):
-        tokens = torch.tensor([useful_tokens(inputs)], device=self.args.device)
-        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -634,25 +657,6 @@ class RunTrainer(SafeTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if not scaler_copes(self): check_finite(self, "gradient norm", norm, self.batches)
         return norm
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        with torch.no_grad(): rows = row_losses(model, self._prepare_inputs(inputs))
-        return None, rows, rows[:, 1]
-
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)  # which calls this again for each task
-        return metrics if eval_dataset else with_mean(self, metrics)
-
-# %% ../nbs/09_train.ipynb #e05b4dc3
-def with_mean(
-    trainer: "RunTrainer",
-    metrics: dict,  # of all tasks: eval_TASK_loss
-) -> dict:          # of all: with eval_loss, which `metric_for_best_model: loss` means
-    "Add and log the mean of the tasks' losses."
-    losses = [metrics[f"eval_{task}_loss"] for task in trainer.eval_dataset]
-    mean = {"eval_loss": sum(losses) / len(losses)}
-    trainer.log(dict(mean))
-    return metrics | mean
 
 # %% ../nbs/09_train.ipynb #ac1ebc4a
 def check_device(
@@ -736,7 +740,7 @@ def count_saved(
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
     return sum(sizes.values()), sum(size for name, size in sizes.items() if "_router_" in name)
 
-# %% ../nbs/09_train.ipynb #322589a4
+# %% ../nbs/09_train.ipynb #05abed9a
 def card_facts(
     run: Path,      # a run folder
     adapter: Path,  # its adapter's folder
@@ -747,7 +751,8 @@ def card_facts(
     data = asdict(recipe.data) | {"path": None, "tasks": None}
     return {"base": Path(recipe.base).name if Path(recipe.base).is_dir() else recipe.base, "method": listed(recipe.adapter),
             "parameters": f"{total:,} trained" + (f", of which {routers:,} in routers" if routers else ""),
-            "data": f"{', '.join(recipe.data.tasks)} ({listed(data)})", "training": listed(recipe.training), "length": listed({"steps": last["step"], "tokens": last.get("tokens")}),
+            "data": f"{', '.join(recipe.data.tasks)} ({listed(data)})", "training": listed(recipe.training),
+            "length": listed({"steps": last["step"], "tokens": last.get("tokens")}),
             "held-out loss": "; ".join(f"{task} {a:.3f} → {b:.3f}" for task, (a, b) in validation_losses(run).items()) or "not measured"}
 
 # %% ../nbs/09_train.ipynb #7bd954da
@@ -810,7 +815,7 @@ def write_recipe(
     aside.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
     aside.rename(path)
 
-# %% ../nbs/09_train.ipynb #467315b5
+# %% ../nbs/09_train.ipynb #c98bbc45
 def begin_from(
     output: Path,  # the run folder
     args: TrainingArguments,
@@ -819,7 +824,8 @@ def begin_from(
     checkpoint = last_checkpoint(output/"checkpoints")
     if main_process(): print(f"{output.name}: go on from {checkpoint.name if checkpoint else 'step 0: no checkpoint yet'}", file=sys.stderr)
     ranks = len(list(checkpoint.glob("rng_state*.pth"))) if checkpoint else args.world_size
-    if ranks != args.world_size: raise ValueError(f"output '{output}' was begun with {ranks} processes, and these are {args.world_size}: the batches would differ; start {ranks}")
+    if ranks != args.world_size:
+        raise ValueError(f"output '{output}' was begun with {ranks} processes, and these are {args.world_size}: the batches would differ; start {ranks}")
     args.eval_on_start &= not checkpoint
     return checkpoint
 
