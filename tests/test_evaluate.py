@@ -8,8 +8,11 @@ import torch
 
 from d2mora.cli import main
 from d2mora.data import read_task
-from d2mora.evaluate import ANSWER_PREFIX, ask, evaluate, fitted_prompt, grade_rows, mean_chance, summary, wilson_interval, write
-from d2mora.tasks import TASKS, evaluation_prompt, row_answers
+from d2mora import evaluate as module
+from d2mora.evaluate import (ANSWER_PREFIX, NEW_TOKENS, PROTOCOLS, RoomLayer, ask, batch_differences, choice_pairs, content_pairs, evaluate, grade_rows, option_scores,
+                             prompt_pairs, question_and_texts, ready, write, write_tokens)
+from d2mora.report import mean_chance, summary, wilson_interval
+from d2mora.tasks import TASKS, evaluation_prompt, parse_answer, row_answers
 from d2mora.train import load_base, load_recipe, train
 from helpers import fill, our_config
 
@@ -53,20 +56,142 @@ def test_choice_equals_one_forward_per_option(stories, task):
 def test_generate_in_a_batch_equals_batch_one(stories, style):
     model, tokenizer, _ = stories
     for task in ("boolq", "social_i_qa"):
-        rows = rows_of(stories, task, 8)
-        batched = grade_rows(model, tokenizer, task, rows, "generate", style, batch_size=8)
+        rows = rows_of(stories, task, 5)
+        batched = grade_rows(model, tokenizer, task, rows, "generate", style, batch_size=5)
         alone = grade_rows(model, tokenizer, task, rows, "generate", style, batch_size=1)
         assert [g["text"] for g in batched] == [g["text"] for g in alone]
 
 
-def test_stopping_when_decided_changes_no_prediction(stories):
-    from d2mora.tasks import parse_answer
+def published(model, tokenizer, prompt):
+    "The published way: batch 1, no mask, 4 beams, 32 tokens."
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, num_beams=4, max_new_tokens=32, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
+
+def test_official_is_the_published_way_and_a_batch_changes_nothing(stories):
+    model, tokenizer, _ = stories
+    for task in ("boolq", "openbookqa"):
+        rows = rows_of(stories, task, 5)
+        graded = grade_rows(model, tokenizer, task, rows, "official", "official", batch_size=5)
+        texts = [published(model.eval(), tokenizer, evaluation_prompt(row, "official")) for row in rows]
+        alone = grade_rows(model, tokenizer, task, rows, "official", "official", batch_size=1)
+        assert [g["text"] for g in alone] == texts
+        assert [g["predicted"] for g in alone] == [parse_answer(text, task) for text in texts]
+        differing = batch_differences(model, tokenizer, task, rows, batch_size=5)
+        assert {d["row"] for d in differing} == {i for i, (g, text) in enumerate(zip(graded, texts)) if g["text"] != text}
+        assert all(d["margin"] < 1e-4 for d in differing), differing
+
+
+def test_a_cache_that_forgets_to_reorder_its_beams_is_noticed(stories, monkeypatch):
+    model, tokenizer, _ = stories
+    rows = rows_of(stories, "openbookqa", 6)
+    right = [g["text"] for g in grade_rows(model, tokenizer, "openbookqa", rows, "official", "official")]
+    monkeypatch.setattr(RoomLayer, "reorder_cache", lambda self, beam_idx: None)
+    assert [g["text"] for g in grade_rows(model, tokenizer, "openbookqa", rows, "official", "official")] != right
+
+
+@pytest.mark.parametrize("protocol", ["choice", "content", "generate", "official"])
+def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch, protocol):
+    model, tokenizer, _ = stories
+    rows, reads, read = rows_of(stories, "social_i_qa", 8), [], module.forward
+    monkeypatch.setattr(module, "forward", lambda model, ids, *args, **kwargs: reads.append(tuple(ids.shape)) or read(model, ids, *args, **kwargs))
+    shared = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official")
+    assert protocol == "content" or reads[0][0] == 1 and reads[0][1] > 100  # the template, once
+    monkeypatch.setattr(module, "SHARED", 10**9)
+    apart = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official")
+    for a, b in zip(shared, apart):
+        assert a.get("text") == b.get("text") and a["predicted"] == b["predicted"]
+        assert a.get("scores", {}) == pytest.approx(b.get("scores", {}), abs=2e-4)
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_content_equals_one_forward_per_option(stories, task):
+    model, tokenizer, _ = stories
+    rows = rows_of(stories, task, 3)
+    for row, g in zip(rows, grade_rows(model, tokenizer, task, rows, "content")):
+        for word, (context, option) in zip(row_answers(row, task), content_pairs(row, task)):
+            ids, n = tokenizer(context + option).input_ids, len(tokenizer(context).input_ids)
+            with torch.no_grad():
+                logp = model.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
+            assert g["scores"][word] == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in range(n, len(ids))), abs=2e-3)
+
+
+def test_every_real_row_can_be_taken_apart(stories):
+    for task in TASKS:
+        for row in rows_of(stories, task, 11_000):
+            question, texts = question_and_texts(row, task)
+            assert question in row["instruction"] and all(text in row["instruction"] for text in texts if task != "boolq")
+            assert len(texts) == len(row_answers(row, task)) and all(option.strip() for _, option in content_pairs(row, task))
+
+
+def small(kind):
+    "Other people's architectures, with random weights and the vocabulary of stories260K."
+    import transformers as t
+
+    sizes = dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    makes = {"gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=512)),
+             "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**sizes, ffn_dim=64, max_position_embeddings=512, word_embed_proj_dim=32)),
+             "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=4)),
+             "neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**sizes, intermediate_size=64)),
+             "sliding": lambda: t.MistralForCausalLM(t.MistralConfig(**sizes, intermediate_size=64, num_key_value_heads=2, sliding_window=24)),
+             "qwen": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**sizes, intermediate_size=64, num_key_value_heads=2))}
+    torch.manual_seed(1)
+    model = makes[kind]()
+    for p in model.parameters():
+        p.data.mul_(3)  # so that tokens matter
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "neox", "sliding", "qwen"])
+def test_any_causal_model(stories, kind):
+    model, tokenizer, _ = small(kind), *stories[1:]
+    rows = rows_of(stories, "boolq", 5) + rows_of(stories, "boolq", 3, start=40)
+    items = [ready(tokenizer, choice_pairs(row, "boolq", "plain"), None) for row in rows]
+    for row, own in zip(rows, option_scores(model, items)):
+        for word, score in zip(("true", "false"), own.tolist()):
+            ids, n = tokenizer(evaluation_prompt(row) + ANSWER_PREFIX + f" {word}").input_ids, len(tokenizer(evaluation_prompt(row) + ANSWER_PREFIX).input_ids)
+            with torch.no_grad():
+                logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            assert score == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in range(n, len(ids))), abs=2e-3)
+    heads = [ready(tokenizer, prompt_pairs(row, "boolq", "plain"), None).head for row in rows]
+    for beams in (1, 4):
+        batch = write_tokens(model, tokenizer, heads, beams)
+        for head, ids in zip(heads, batch):
+            with torch.no_grad():
+                out = model.generate(input_ids=torch.tensor([head]), num_beams=beams, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=2)
+            alone = out[0, len(head):].tolist()
+            assert ids[:len(alone)] == alone
+
+
+def test_stopping_when_decided_changes_no_prediction(stories):
     model, tokenizer, _ = stories
     model = model.base_model.model  # any model will do; this one has heard of "true"
     prompts = [f"{word} and " for word in ("Once upon a time", "It was true", "The cat said", "one two")]
     whole = [parse_answer(text, "boolq") for text in write(model, tokenizer, prompts)]
     assert [parse_answer(text, "boolq") for text in write(model, tokenizer, prompts, "boolq")] == whole
+
+
+def test_the_seam_is_tokenized_as_one_text():
+    from conftest import SHARED
+    from helpers import tiny_llama
+    from transformers import AutoTokenizer
+
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}: set D2MORA_SHARED")
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/mistral-v1")
+    model, prompt = tiny_llama(vocab_size=32_000), evaluation_prompt({"instruction": "is it?", "input": ""}, "official")
+    pairs = [(prompt, f"{ANSWER_PREFIX} {word}") for word in ("true", "false")]
+    score = option_scores(model, [ready(tokenizer, pairs, None)])[0].tolist()
+    for (context, option), own in zip(pairs, score):
+        coded = tokenizer(context + option, return_offsets_mapping=True)
+        ids, n = coded.input_ids, sum(end > len(context) for _, end in coded.offset_mapping)
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert own == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids))), abs=1e-3)
+        glued = tokenizer(context).input_ids + tokenizer(option, add_special_tokens=False).input_ids
+        assert glued != ids  # the trap: the published prompt's last spaces are another token there
 
 
 def test_long_prompts_are_cut_at_their_beginning_and_counted(stories):
@@ -75,23 +200,40 @@ def test_long_prompts_are_cut_at_their_beginning_and_counted(stories):
     graded = grade_rows(model, tokenizer, "hellaswag", rows, batch_size=4)
     assert sum(g["shortened"] for g in graded) == sum(len(tokenizer(evaluation_prompt(r) + ANSWER_PREFIX + " ending1").input_ids) > 512 for r in rows) > 0
     for row in rows:
-        prompt, length, cut = fitted_prompt(row, "hellaswag", tokenizer, "plain", ANSWER_PREFIX + " ending1", 512)
-        assert length <= 512 and evaluation_prompt(row).endswith(prompt) and cut == (prompt != evaluation_prompt(row))
-        assert prompt.endswith("Answer format: ending1/ending2/ending3/ending4\n\n")
-    assert summary(graded, 0.25)["shortened"] == sum(g["shortened"] for g in graded)
+        item = ready(tokenizer, choice_pairs(row, "hellaswag", "plain"), 512)
+        text = tokenizer.decode(item.head, skip_special_tokens=True)
+        assert len(item.head) + max(map(len, item.tails)) <= 512 and (evaluation_prompt(row) + ANSWER_PREFIX).startswith(text) == (not item.shortened)
+        assert "Answer format: ending1/ending2/ending3/ending4" in text
+    assert summary(graded, rows, "hellaswag")["shortened"] == sum(g["shortened"] for g in graded)
+    written = grade_rows(model, tokenizer, "hellaswag", rows[:4], "generate")
+    assert len(written) == 4  # room for what is written is left
 
 
 def test_unread_answers_are_counted_and_wrong(stories):
     model, tokenizer, _ = stories
-    graded = grade_rows(model, tokenizer, "winogrande", rows_of(stories, "winogrande", 6), "generate")
+    rows = rows_of(stories, "winogrande", 6)
+    graded = grade_rows(model, tokenizer, "winogrande", rows, "generate")
     unread = [g for g in graded if g["predicted"] is None]
-    assert summary(graded, 0.5)["unparsed"] == len(unread) / 6 and not any(g["right"] for g in unread)
+    assert summary(graded, rows, "winogrande")["unparsed"] == len(unread) / 6 and not any(g["right"] for g in unread)
 
 
 def test_chance_is_the_rows_own(stories):
     rows = rows_of(stories, "ARC-Easy", 2000)
     chance = mean_chance(rows, "ARC-Easy")
     assert {len(row_answers(r, "ARC-Easy")) for r in rows} >= {3, 4, 5} and 0.24 < chance < 0.26 and chance != 0.25
+
+
+def test_modules_keep_their_own_state(stories):
+    model, tokenizer, _ = stories
+    model.train()
+    kept = [m for m in model.modules()][5::7]
+    for m in kept:
+        m.training = False
+    before = [m.training for m in model.modules()]
+    for protocol in PROTOCOLS:
+        grade_rows(model, tokenizer, "boolq", rows_of(stories, "boolq", 2), protocol, "official")
+        assert [m.training for m in model.modules()] == before
+    model.eval()
 
 
 def test_wilson_interval_covers_the_truth_as_often_as_it_says():
@@ -104,7 +246,7 @@ def test_wilson_interval_covers_the_truth_as_often_as_it_says():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train(load_recipe("demo", {"training.max_steps": 4, "data.tasks": ["boolq"], "training.disable_tqdm": True}), tmp_path_factory.mktemp("runs") / "run")
+    return train(load_recipe("demo", {"training.max_steps": 4, "data.tasks": ["boolq"], "training.logging_steps": 1, "training.disable_tqdm": True}), tmp_path_factory.mktemp("runs") / "run")
 
 
 def test_results_files(run):
@@ -124,7 +266,7 @@ def test_results_files(run):
 def test_run_adapter_folder_and_base_agree(run):
     whole, alone = (evaluate(target, data="toy", tasks=["boolq"], limit=20)["tasks"] for target in (run, run / "adapter"))
     assert whole == alone
-    fresh = train(load_recipe("demo", {"training.max_steps": 1, "training.learning_rate": 0, "data.tasks": ["boolq"], "training.disable_tqdm": True}), run.parent / "fresh")
+    fresh = train(load_recipe("demo", {"training.max_steps": 1, "training.learning_rate": 0, "data.tasks": ["boolq"], "training.logging_steps": 1, "training.disable_tqdm": True}), run.parent / "fresh")
     fresh, base = (evaluate(target, base, data="toy", tasks=["boolq"], limit=20)["tasks"]["boolq"] for target, base in ((fresh, None), (None, "toy")))
     assert fresh["accuracy"] == base["accuracy"] and fresh["answer_loss"] == pytest.approx(base["answer_loss"], rel=1e-6)
 

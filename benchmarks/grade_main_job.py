@@ -1,0 +1,97 @@
+"""The table of notebook 10: frozen base, LoRA, one-to-many and D2MoRA, at equal steps and parameters equal to within 3 %, by all four protocols.
+
+    python benchmarks/grade_main_job.py --world real     # stories260K on the real rows; writes nbs/results/main_job_methods.json
+    python benchmarks/grade_main_job.py --world toy      # the embedded base on the toy world; writes nbs/results/toy_methods_protocols.json
+
+Runs stand in runs/grade-WORLD/METHOD. What is finished there is not done again, so a killed measurement goes on where it stopped.
+"""
+import argparse
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+
+from d2mora.evaluate import PROTOCOLS, evaluate
+from d2mora.report import paired, read_graded, write_text
+from d2mora.train import load_recipe, train
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("D2MORA_SHARED", ROOT.parent / "shared"))
+QKV = ["q_proj", "k_proj", "v_proj"]
+
+
+def real() -> tuple:
+    "Recipe, overrides, adapters, rows a task: the main job, shorter."
+    ours = dict(peft_type="D2MORA", r=8, lora_alpha=16, lora_dropout=0.05, orthogonality_weight=1e-4, target_modules=QKV)
+    adapters = {"LoRA": dict(peft_type="LORA", r=42, lora_alpha=84, lora_dropout=0.05, target_modules=QKV),
+                "one-to-many": ours | dict(pairing="one-to-many", num_down_experts=1, num_up_experts=10),
+                "D2MoRA": ours | dict(num_down_experts=3, num_up_experts=8)}
+    short = {"base": str(SHARED / "models/stories260K"), "data.path": str(SHARED / "data"), "data.validation_rows": 140, "training.max_steps": 200,
+             "training.warmup_steps": 20, "training.save_steps": 100, "training.save_total_limit": 1}
+    return "commonsense-mini", short, adapters, 150
+
+
+def toy() -> tuple:
+    "The recipe `demo` with the adapters of toy_methods.py."
+    from toy_methods import METHODS
+
+    adapters = {"LoRA": METHODS["lora"], "one-to-many": METHODS["one-to-many"], "D2MoRA": METHODS["d2mora"]}
+    return "demo", {"training.save_strategy": "steps", "training.save_steps": 200, "training.save_total_limit": 1}, adapters, None
+
+
+def trained(folder: Path, name: str, overrides: dict, adapter: dict) -> dict:
+    "Train one method, or go on with it."
+    recipe = load_recipe(name, overrides | {"training.disable_tqdm": True})
+    recipe.adapter = adapter
+    began = time.process_time()
+    train(recipe, folder, resume=(folder / "recipe.yaml").exists())
+    return {"steps": recipe.training["max_steps"], "cpu_seconds": round(time.process_time() - began), "parameters": parameters(folder)}
+
+
+def parameters(folder: Path) -> int:
+    "How many numbers an adapter holds."
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+        return sum(file.get_tensor(key).numel() for key in file.keys())
+
+
+def graded(target: Path | None, output: Path, base: str, data: str, limit: int | None) -> dict:
+    "One method by all protocols."
+    found = {}
+    for protocol in PROTOCOLS:
+        result = evaluate(target, base=None if target else base, protocol=protocol, data=data, limit=limit, output=output, batch_size=32)
+        found[protocol] = {k: result[k] for k in ("prompt", "batch_size", "dtype", "average", "average_interval", "tasks")}
+    return found
+
+
+def main(argv=None):
+    "Command line."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=("real", "toy"), default="real")
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    name, overrides, adapters, limit = {"real": real, "toy": toy}[args.world]()
+    runs, recipe = ROOT / "runs" / f"grade-{args.world}", load_recipe(name, overrides)
+    about, results = {}, {"frozen base": graded(None, runs / "base", recipe.base, recipe.data.path, limit)}
+    for method, adapter in adapters.items():
+        stored = runs / method / "about.json"
+        done = trained(runs / method, name, overrides, adapter)
+        about[method] = json.loads(stored.read_text()) if stored.exists() else done
+        write_text(stored, json.dumps(about[method]))
+        results[method] = graded(runs / method, runs / method, recipe.base, recipe.data.path, limit)
+    tests = {p: paired(read_graded(runs / "LoRA", p), read_graded(runs / "D2MoRA", p)) for p in PROTOCOLS}
+    versions = {package: version(package) for package in ("d2mora", "torch", "transformers", "peft")}
+    output = ROOT / "nbs" / "results" / {"real": "main_job_methods.json", "toy": "toy_methods_protocols.json"}[args.world]
+    write_text(output, json.dumps({"command": f"python benchmarks/grade_main_job.py --world {args.world}", "machine": platform.machine(), "threads": torch.get_num_threads(),
+        "seed": 0, "limit": limit, "versions": versions, "methods": about, "results": results, "D2MoRA against LoRA": tests}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
