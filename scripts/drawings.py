@@ -307,16 +307,16 @@ def train():
     yield arrow((80, 176), (80, 124), dash=True) + text(92, 150, "next step", 12, anchor="start")
 
 
-@drawing("10_evaluate", "Two ways to grade", "Choice: the log-likelihood of each answer word after the prompt is summed and the largest wins. "
-         "Generate: the model writes, and a regular expression looks for an answer word; no match counts as wrong and is reported.", 860, 350)
+@drawing("10_evaluate", "Two ways to grade", "Choice: the log-likelihood of each answer word after the prompt is summed and the largest wins; content does so with each option's own text. "
+         "Generate: the model writes, and a regular expression looks for an answer word; no match counts as wrong and is reported; official writes with 4 beams.", 860, 350)
 def evaluate():
-    yield panel(15, 15, 830, 150, "choice: which answer word does the model find most likely?")
+    yield panel(15, 15, 830, 150, "choice: which answer word does the model find most likely? (content: which option's own text?)")
     yield box(105, 98, 140, 54, "prompt + “the\ncorrect answer is”", "plain", 12)
     for i, (y, word, value, v) in enumerate(((62, "answer1", "−4.1", .35), (98, "answer2", "−0.7", .95), (134, "answer3", "−3.2", .5))):
         yield arrow((175, 98), (223, y)) + box(270, y, 90, 26, word, "B", 12, mono=True) + arrow((315, y), (350, y)) + box(440, y, 170, 26, f"log p = {value}", "plain", 13)
         yield f'<rect x="540" y="{y-7}" width="{v*90:.0f}" height="14" fill="{STROKE["B"] if i == 1 else STROKE["frozen"]}"/>'
     yield text(685, 98, "largest wins: answer2", 13, anchor="start", bold=True)
-    yield panel(15, 180, 830, 155, "generate: what does it write?")
+    yield panel(15, 180, 830, 155, "generate: what does it write? (official: the same with 4 beams and the published prompt)")
     yield box(90, 258, 110, 48, "prompt", "plain", 13) + arrow((145, 258), (180, 258)) + box(235, 258, 100, 48, "model", "frozen", 14)
     yield arrow((285, 258), (320, 258)) + box(425, 258, 200, 48, "the correct answer is\nanswer2", "plain", 12, mono=True) + arrow((525, 258), (562, 258))
     yield box(635, 258, 140, 48, "first match of\nanswer1|…|answer5", "router", 12, mono=True)
