@@ -223,7 +223,7 @@ def parse_override(
     try: return key, yaml.safe_load(value)
     except yaml.YAMLError as error: raise ValueError(f"'{text}': the value is not YAML: {' '.join(str(error).split())}") from error
 
-# %% ../nbs/09_train.ipynb #b6aae5ca
+# %% ../nbs/09_train.ipynb #176f8b58
 def override(
     raw: dict,                                  # from `read_recipe`
     overrides: Mapping[str, Any] | Iterable[str] = (),  # {"section.key": value}, or texts "section.key=value"
@@ -235,7 +235,7 @@ def override(
         section, _, name = key.partition(".")
         if key == "base": raw["base"] = value
         elif section in PARTS and name: raw[section] = (raw.get(section) or {}) | {name: value}
-        else: raise ValueError(f"unknown key '{key}'{nearest(key, all_keys(raw))}")
+        else: raise ValueError(f"unknown key '{key}'{nearest(key, [k for k in all_keys(raw) if k.endswith(f'.{key}')] or all_keys(raw))}")
     return raw
 
 
@@ -315,7 +315,7 @@ def metric_line(
     if "num_input_tokens_seen" in kept: kept["tokens"] = kept.pop("num_input_tokens_seen")
     return {"step": step, "epoch": round(logs.get("epoch") or 0, 6)} | dict(sorted(kept.items()))
 
-# %% ../nbs/09_train.ipynb #3ac03c6a
+# %% ../nbs/09_train.ipynb #b6e847e2
 class MetricsWriter(TrainerCallback):
     "Appends each log line to `metrics.jsonl`; on resuming, the lines are the checkpoint's."
 
@@ -326,14 +326,14 @@ class MetricsWriter(TrainerCallback):
         if state.is_world_process_zero: self.path.write_text("".join(json.dumps(line) + "\n" for line in lines if line))
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= control.should_save or control.should_evaluate
+        control.should_log |= control.should_save or control.should_evaluate or control.should_training_stop
 
     on_epoch_end = on_step_end
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = metric_line(state.global_step, logs)
         if not line or not state.is_world_process_zero: return
-        with writing(self.path.name), self.path.open("a") as file: file.write(json.dumps(line) + "\n")
+        with writing(self.path), self.path.open("a") as file: file.write(json.dumps(line) + "\n")
 
 # %% ../nbs/09_train.ipynb #82024127
 def read_metrics(
@@ -439,18 +439,19 @@ def publish(
     if final.exists(): shutil.rmtree(final)
     os.replace(aside, final)
 
-# %% ../nbs/09_train.ipynb #88ec749e
+# %% ../nbs/09_train.ipynb #0574682a
 @contextmanager
 def writing(
-    what: str,                 # named in the error
-    aside: Path | None = None, # taken away if writing fails
+    final: Path,                # what is to be written
+    aside: Path | None = None,  # taken away if writing fails
 ) -> Iterator[None]:
     "Turn a failure to write into one line that says what is still good."
     try: yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        free, reason = shutil.disk_usage(final.parent).free, next(iter(str(error).splitlines()), type(error).__name__)
         if aside: shutil.rmtree(aside, ignore_errors=True)
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{what} cannot be written: {reason[:200]}; earlier checkpoints are untouched: make room and go on with --resume") from error
+        raise ValueError(f"{final} cannot be written ({free / 2**20:.1f} MiB free on its disk): {reason[:200]}; "
+                         "earlier checkpoints are untouched: make room and go on with --resume") from error
 
 # %% ../nbs/09_train.ipynb #a106ab48
 def checkpoints(
@@ -480,7 +481,7 @@ def last_checkpoint(
     "The newest complete checkpoint."
     return next(reversed(checkpoints(folder)), None)
 
-# %% ../nbs/09_train.ipynb #7ee0e601
+# %% ../nbs/09_train.ipynb #4c949ff1
 def save_complete(
     trainer: "SafeTrainer",  # at the step to save
     save,                    # the Trainer's own saving, without arguments
@@ -492,7 +493,7 @@ def save_complete(
     wait()
     trainer.aside = str(aside)
     try:
-        with writing(name, aside):
+        with writing(folder/name, aside):
             save()
             if state.best_model_checkpoint == str(aside/name): state.best_model_checkpoint = str(folder/name)
             if main: state.save_to_json(str(aside/name/"trainer_state.json"))
@@ -501,7 +502,7 @@ def save_complete(
     if main: publish(aside/name, folder/name), aside.rmdir(), rotate(folder, trainer.args.save_total_limit, f"checkpoint-{state.best_global_step}")
     wait()
 
-# %% ../nbs/09_train.ipynb #4504dd48
+# %% ../nbs/09_train.ipynb #19f7c80a
 class SafeTrainer(D2MoraTrainer):
     "A checkpoint of its is complete or absent."
 
@@ -510,6 +511,12 @@ class SafeTrainer(D2MoraTrainer):
     def _get_output_dir(self, trial): return self.aside or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial): save_complete(self, lambda: super(SafeTrainer, self)._save_checkpoint(model, trial))
+
+    def _init_training_state(self, *args, **kwargs):
+        begun = super()._init_training_state(*args, **kwargs)
+        best = Path(self.args.output_dir)/f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir(): self.state.best_model_checkpoint = str(best)
+        return begun
 
     def _run_epoch(self, **kwargs):
         if self.state.global_step < self.state.max_steps: super()._run_epoch(**kwargs)
@@ -740,19 +747,19 @@ def count_saved(
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
     return sum(sizes.values()), sum(size for name, size in sizes.items() if "_router_" in name)
 
-# %% ../nbs/09_train.ipynb #05abed9a
+# %% ../nbs/09_train.ipynb #cd7fae0d
 def card_facts(
     run: Path,      # a run folder
     adapter: Path,  # its adapter's folder
 ) -> dict[str, str]:  # what the card's table says
     "What was trained, on what, and how."
-    recipe, (total, routers), last = load_recipe(run/"recipe.yaml"), count_saved(adapter), read_metrics(run)[-1]
+    recipe, (total, routers), last = load_recipe(run/"recipe.yaml"), count_saved(adapter), (read_metrics(run) or [{}])[-1]
     listed = lambda values: ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
     data = asdict(recipe.data) | {"path": None, "tasks": None}
     return {"base": Path(recipe.base).name if Path(recipe.base).is_dir() else recipe.base, "method": listed(recipe.adapter),
             "parameters": f"{total:,} trained" + (f", of which {routers:,} in routers" if routers else ""),
             "data": f"{', '.join(recipe.data.tasks)} ({listed(data)})", "training": listed(recipe.training),
-            "length": listed({"steps": last["step"], "tokens": last.get("tokens")}),
+            "length": listed({"steps": last.get("step"), "tokens": last.get("tokens")}),
             "held-out loss": "; ".join(f"{task} {a:.3f} → {b:.3f}" for task, (a, b) in validation_losses(run).items()) or "not measured"}
 
 # %% ../nbs/09_train.ipynb #7bd954da
@@ -789,7 +796,7 @@ def write_card(
     card.save(adapter/".README.tmp")
     os.replace(adapter/".README.tmp", adapter/"README.md")
 
-# %% ../nbs/09_train.ipynb #d63a6f49
+# %% ../nbs/09_train.ipynb #34395ef8
 def save_adapter(
     trainer: RunTrainer,  # trained
     run: Path,            # the run folder
@@ -799,7 +806,7 @@ def save_adapter(
     state = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad} if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
         shutil.rmtree(aside, ignore_errors=True)
-        with writing("the adapter", aside):
+        with writing(run/"adapter", aside):
             model.save_pretrained(str(aside), state_dict=state)
             write_card(run, aside)
             publish(aside, run/"adapter")

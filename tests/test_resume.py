@@ -153,12 +153,13 @@ def test_the_newest_are_kept(keep, tmp_path):
     assert steps(run) == [2, 4, 6, 8][-keep:] and sorted(os.listdir(run / "checkpoints")) == [f"checkpoint-{step}" for step in steps(run)]
 
 
-def test_the_best_is_kept_and_ends_as_the_adapter(tmp_path):
-    def spoil(model):
-        for name, parameter in model.named_parameters():
-            if "d2mora_B" in name:
-                parameter.data.normal_(std=3.0)
+def spoil(model):
+    for name, parameter in model.named_parameters():
+        if "d2mora_B" in name:
+            parameter.data.normal_(std=3.0)
 
+
+def test_the_best_is_kept_and_ends_as_the_adapter(tmp_path):
     best = {"training__eval_strategy": "steps", "training__eval_steps": 2, "training__load_best_model_at_end": True, "training__save_total_limit": 1}
     run = train(recipe(**best), tmp_path / "run", [At(3, spoil)])
     held = {line["step"]: line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line}
@@ -169,6 +170,16 @@ def test_the_best_is_kept_and_ends_as_the_adapter(tmp_path):
     assert all(torch.equal(chosen[name], saved[name]) for name in chosen)
     state = json.loads((run / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"].endswith("checkpoints/checkpoint-2") and state["best_global_step"] == 2
+
+
+def test_the_best_is_found_after_the_folder_was_moved(tmp_path):
+    best = {"training__eval_strategy": "steps", "training__eval_steps": 2, "training__load_best_model_at_end": True}
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(**best), tmp_path / "run", [At(3, spoil), At(5, interrupt)])
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    train(recipe(**best), tmp_path / "moved", resume=True)
+    chosen, saved = (load_file(tmp_path / "moved" / path / "adapter_model.safetensors") for path in ("checkpoints/checkpoint-2", "adapter"))
+    assert all(torch.equal(chosen[name], saved[name]) for name in chosen)
 
 
 def one_line(capsys, *words):
@@ -202,7 +213,7 @@ def test_full_disk(place, tmp_path, monkeypatch, capsys, whole):
 
     monkeypatch.setattr(owner, name, fails)
     line = one_line(capsys, "train", "demo", *WORDS, "--output", tmp_path / "run")
-    assert "checkpoint-4 cannot be written" in line and "--resume" in line
+    assert "checkpoint-4 cannot be written" in line and "MiB free" in line and "--resume" in line
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["checkpoint-2"]
     monkeypatch.setattr(owner, name, real)
     train(recipe(), tmp_path / "run", resume=True)

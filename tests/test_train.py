@@ -6,9 +6,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
-from d2mora.train import load_recipe, read_metrics, read_recipe, recipe_names, train, validation_losses
+from d2mora.data import prepare, read_rows
+from d2mora.tasks import toy_base
+from d2mora.train import load_recipe, read_metrics, read_recipe, recipe_names, train, validation_losses, write_card
 
 SMALL = {"data.tasks": ["boolq"], "data.validation_rows": 16, "training.max_steps": 6, "training.per_device_train_batch_size": 4,
          "training.logging_steps": 1, "training.save_strategy": "steps", "training.save_steps": 2, "training.use_cpu": True, "training.disable_tqdm": True}
@@ -57,6 +59,63 @@ def test_a_run_folder_can_be_read_back(tmp_path):
     assert config["base_model_name_or_path"].endswith("toy-base") and config["peft_type"] == "D2MORA"
     card = (run / "adapter" / "README.md").read_text().split("---\n", 2)[2].strip()
     assert "import d2mora" in card.splitlines()[0]
+
+
+def test_the_model_card_is_filled(tmp_path):
+    run = train(load_recipe("demo", SMALL), tmp_path / "run")
+    card, metrics = (run / "adapter" / "README.md").read_text(), read_metrics(run)
+    total = sum(tensor.numel() for tensor in weights(run).values())
+    routers = sum(tensor.numel() for name, tensor in weights(run).items() if "_router_" in name)
+    before, after = validation_losses(run)["boolq"]
+    for part in (f"{total:,} trained, of which {routers:,} in routers", "num_up_experts 8", "boolq", "cutoff 128", "max_steps 6", f"tokens {metrics[-1]['tokens']}",
+                 f"boolq {before:.3f} → {after:.3f}", "import d2mora  # registers", "library_name: peft", "Not graded yet"):  # fmt: skip
+        assert part in card, part
+    assert "More Information Needed" not in card and str(tmp_path) not in card
+    (run / "evaluation-choice.json").write_text(json.dumps({"tasks": {"boolq": {"n": 40, "accuracy": 0.625}}}))
+    write_card(run)
+    assert "| choice | boolq | 40 | 62.5 |" in (run / "adapter" / "README.md").read_text()
+    assert not (run / "adapter" / ".README.tmp").exists()
+
+
+def test_a_run_shorter_than_its_log_interval(tmp_path):
+    run = train(load_recipe("demo", SMALL | {"training.logging_steps": 500, "training.save_strategy": "no", "data.validation_rows": 0}), tmp_path / "run")
+    (line,) = read_metrics(run)
+    assert line["step"] == 6 and line["loss"] > 0 and "steps 6" in (run / "adapter" / "README.md").read_text()
+
+
+def test_the_card_of_another_adapter_does_not_ask_for_d2mora(tmp_path):
+    (tmp_path / "own.yaml").write_text("base: toy\nadapter: {peft_type: LORA, target_modules: [q_proj]}\ndata: {path: toy, cutoff: 128}")
+    run = train(load_recipe(tmp_path / "own.yaml", SMALL), tmp_path / "run")
+    card = (run / "adapter" / "README.md").read_text()
+    assert "d2mora" not in card.split("---\n", 2)[2].split("## Scores")[0] and "in routers" not in card
+
+
+def test_tokens_are_counted_without_padding_and_reported_elsewhere_too(tmp_path):
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(logs)
+
+    run = train(load_recipe("demo", SMALL), tmp_path / "run", [Reporter()])
+    ready = prepare(read_rows("toy", ["boolq"]), load_recipe("demo", SMALL).data, AutoTokenizer.from_pretrained(toy_base()))
+    lengths = set(ready.train["length"])
+    tokens = [0] + [line["tokens"] for line in read_metrics(run) if "loss" in line]
+    assert all(4 * min(lengths) <= b - a <= 4 * max(lengths) for a, b in zip(tokens, tokens[1:]))
+    losses = [logs for logs in seen if "loss" in logs]
+    assert all({"orthogonality_down", "orthogonality_up", "train_tokens_per_second", "num_input_tokens_seen"} <= logs.keys() for logs in losses)
+
+
+def test_the_bar_tells_losses_speed_and_time_left(tmp_path, capsys):
+    train(load_recipe("demo", SMALL | {"training.disable_tqdm": False}), tmp_path / "run")
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert all(part in last for part in ("6/6", "loss=", "down=", "up=", "tokens/s=", "<")), last
+
+
+def test_a_reporter_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(ValueError, match="(?i)nowhere|report"):
+        train(load_recipe("demo", SMALL | {"training.report_to": ["nowhere"]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_tell_the_language_model_loss_and_both_parts_apart(tmp_path):
