@@ -665,19 +665,20 @@ class RunTrainer(FairTrainer):
         if not scaler_copes(self): check_finite(self, "gradient norm", norm, self.batches)
         return norm
 
-# %% ../nbs/09_train.ipynb #ac1ebc4a
+# %% ../nbs/09_train.ipynb #f9d84378
 def check_device(
     training: dict,  # the `training:` section
 ) -> None:
     "Refuse to train on a GPU that torch does not see."
-    gpus, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    gpus, named, flag = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "").strip(), os.environ.get("ACCELERATE_USE_CPU", "")
     rank, mend = int(os.environ.get("LOCAL_RANK", 0)), "set training.use_cpu=true, or mend the driver or CUDA_VISIBLE_DEVICES"
-    cpu = training.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    cpu = training.get("use_cpu") or flag.lower() in ("1", "true", "yes")
     if cpu and training.get("fp16"): raise ValueError("training.fp16=true needs a GPU: train in fp32 or, with training.bf16=true, in bf16")
     if cpu: return
     if gpus and rank >= gpus: raise ValueError(f"process {rank} of this machine finds no GPU of its own: there are {gpus}; start as many processes")
     asked = [f"training.{key}={training[key]}" for key, value in {"use_cpu": False, "fp16": True}.items() if training.get(key) is value]
     asked += [f"CUDA_VISIBLE_DEVICES={named}"] if named and not named.startswith("-") else []
+    asked += ["the launcher"] if flag or "LOCAL_RANK" in os.environ else []
     if asked and not torch.accelerator.is_available(): raise ValueError(f"{asked[0]} asks for a GPU, but torch {torch.__version__} sees none: {mend}")
 
 # %% ../nbs/09_train.ipynb #59744866

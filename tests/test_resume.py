@@ -297,8 +297,11 @@ def test_a_gpu_that_is_not_there(words, part, tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
-def test_a_gpu_that_the_environment_names(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+@pytest.mark.parametrize("name, value, part", [
+    ("CUDA_VISIBLE_DEVICES", "3", "CUDA_VISIBLE_DEVICES=3 asks"), ("ACCELERATE_USE_CPU", "False", "the launcher asks"), ("LOCAL_RANK", "0", "the launcher asks"),
+])  # fmt: skip
+def test_a_gpu_that_the_environment_names(name, value, part, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(name, value)
     words = [word for word in WORDS if "use_cpu" not in word]
-    assert "CUDA_VISIBLE_DEVICES=3" in one_line(capsys, "train", "demo", *words, "--output", tmp_path / "run")
+    assert part in one_line(capsys, "train", "demo", *words, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
