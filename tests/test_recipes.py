@@ -1,0 +1,100 @@
+"""The built-in recipes: every one loads, the published ones say what was published, and their adapters have the published sizes."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from d2mora.data import DataConfig
+from d2mora.plan import bare_model, base_shape
+from d2mora.train import load_recipe, recipe_names
+
+PUBLISHED = {  # name: base, M, N, r
+    "llama-7b-m3n8r8": ("huggyllama/llama-7b", 3, 8, 8),
+    "llama-7b-m3n4r16": ("huggyllama/llama-7b", 3, 4, 16),
+    "llama2-7b-m3n8r8": ("meta-llama/Llama-2-7b-hf", 3, 8, 8),
+    "llama2-7b-m4n3r16": ("meta-llama/Llama-2-7b-hf", 4, 3, 16),
+}
+MENDED = [f"{name}-mended" for name in PUBLISHED]
+BASELINES = ["lora-r64", "dora-r64", "one-to-one-8-8-8", "one-to-many-1-8-12", "one-to-many-1-6-16"]
+OTHERS = ["llama3-8b-m3n8r8", "qwen2.5-0.5b-m3n8r8"]
+TOY = {"data.path": "toy"}
+
+
+def test_the_recipes_are_there():
+    assert set(recipe_names()) >= {*PUBLISHED, *MENDED, *BASELINES, *OTHERS, "demo", "demo-hard", "commonsense-mini"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads(name):
+    overrides = TOY | ({"base": "toy"} if name == "commonsense-mini" else {})
+    assert load_recipe(name, overrides).adapter["peft_type"] in ("D2MORA", "LORA")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_say_what_was_published(name):
+    base, M, N, r = PUBLISHED[name]
+    recipe, training = load_recipe(name, TOY), load_recipe(name, TOY).training
+    assert recipe.base == base
+    adapter = dict(peft_type="D2MORA", pairing="many-to-many", num_down_experts=M, num_up_experts=N, r=r, lora_alpha=2 * r, lora_dropout=0.05)
+    assert recipe.adapter == adapter | dict(expert_dropout="independent", orthogonality_weight=1e-4, target_modules=["q_proj", "k_proj", "v_proj"])
+    data = dict(prompt="official", train_on_inputs=True, cutoff=256, truncation="published", validation_rows=2000, sampling="random")
+    assert recipe.data == DataConfig(path="toy", **data)  # all eight tasks: the default
+    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 16 and training["per_device_train_batch_size"] == 4
+    expected = dict(num_train_epochs=4, optim="adamw_torch", learning_rate=3e-4, weight_decay=0.0, lr_scheduler_type="linear", warmup_steps=100)
+    expected |= dict(max_grad_norm=1.0, fp16=True, gradient_checkpointing=False, eval_strategy="steps", eval_steps=200, save_strategy="steps")
+    expected |= dict(save_steps=200, load_best_model_at_end=True, metric_for_best_model="loss")
+    assert {key: training.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_mended_recipes_differ_only_where_they_say_so(name):
+    old, new = load_recipe(name, TOY), load_recipe(f"{name}-mended", TOY)
+    assert (new.data.cutoff, new.data.truncation, new.data.prompt, new.data.sampling) == (512, "prompt", "plain", "packed")
+    assert (new.data.train_on_inputs, new.data.validation_rows, new.base) == (old.data.train_on_inputs, old.data.validation_rows, old.base)
+    assert new.adapter == old.adapter | {"expert_dropout": "shared"}
+    changed = {key for key in old.training | new.training if old.training.get(key) != new.training.get(key)}
+    assert changed == {"fp16", "bf16", "eval_steps", "save_steps"} and new.training["bf16"] is True
+
+
+def trained(name):
+    recipe = load_recipe(name, TOY)
+    return sum(p.numel() for p in bare_model(base_shape(recipe.base), recipe).parameters() if p.requires_grad)
+
+
+SIZES = {"llama-7b-m3n8r8": 35.79, "llama-7b-m3n4r16": 45.23, "llama2-7b-m4n3r16": 45.62, "lora-r64": 50.33, "dora-r64": 50.72}
+SIZES |= {"one-to-one-8-8-8": 53.48, "one-to-many-1-8-12": 45.61, "one-to-many-1-6-16": 46.40}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_adapters_have_the_size_that_the_recipe_states(name):
+    assert round(trained(name) / 1e6, 2) == SIZES[name]
+    text = (Path(str(files("d2mora"))) / "recipes" / f"{name}.yaml").read_text()
+    stated = re.search(r"([\d.]+) M parameters", text)
+    assert stated is None or float(stated[1]) in (SIZES[name], 45.6)
+
+
+COUNTS = {"huggyllama/llama-7b": 6_738_415_616, "meta-llama/Llama-2-7b-hf": 6_738_415_616}
+COUNTS |= {"meta-llama/Meta-Llama-3-8B": 8_030_261_248, "Qwen/Qwen2.5-0.5B": 494_032_768}
+
+
+@pytest.mark.parametrize("base", COUNTS)
+def test_shipped_shapes_have_their_publishers_parameter_counts(base):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        assert sum(p.numel() for p in AutoModelForCausalLM.from_config(base_shape(base)).parameters()) == COUNTS[base]
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *MENDED, *BASELINES, *OTHERS])
+def test_every_base_has_a_shipped_shape_and_every_departure_a_comment(name):
+    recipe, folder = load_recipe(name, TOY), Path(str(files("d2mora")))
+    assert (folder / "assets/bases" / recipe.base / "config.json").is_file()
+    head = [line for line in (folder / "recipes" / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    assert len(head) >= 4 and any(f"d2mora train {name} " in line for line in head)
+
+
+def test_one_task_alone():
+    assert load_recipe("llama-7b-m3n8r8", ["data.path=toy", "data.tasks=[boolq]"]).data.tasks == ["boolq"]
