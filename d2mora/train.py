@@ -8,11 +8,12 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'LOCK', 'USAGE', '
            'adapter_class', 'adapter_config', 'check_training', 'parse_override', 'override', 'all_keys', 'absolute',
            'load_recipe', 'base_folder', 'load_base', 'max_positions', 'metric_line', 'MetricsWriter', 'read_metrics',
            'validation_losses', 'ProgressBar', 'differences', 'check_output', 'main_process', 'locked', 'publish',
-           'writing', 'checkpoints', 'rotate', 'last_checkpoint', 'save_complete', 'SafeTrainer', 'Stopper',
-           'row_losses', 'mean_loss', 'with_mean', 'FairTrainer', 'batch_rows', 'row_names', 'check_finite',
-           'scaler_copes', 'RunTrainer', 'check_device', 'training_arguments', 'adapted_base', 'global_batch',
-           'make_trainer', 'count_saved', 'card_facts', 'card_scores', 'write_card', 'save_adapter', 'write_recipe',
-           'begin_from', 'fit', 'train']
+           'writing', 'checkpoints', 'rotate', 'last_checkpoint', 'save_complete', 'SafeTrainer', 'row_losses',
+           'mean_loss', 'with_mean', 'FairTrainer', 'Abandoned', 'any_process', 'Stopper', 'listening',
+           'validation_due', 'StoppableTrainer', 'batch_rows', 'row_names', 'check_finite', 'scaler_copes',
+           'RunTrainer', 'check_device', 'training_arguments', 'adapted_base', 'global_batch', 'make_trainer',
+           'count_saved', 'card_facts', 'card_scores', 'write_card', 'save_adapter', 'write_recipe', 'begin_from',
+           'fit', 'train']
 
 # %% ../nbs/09_train.ipynb #6c0f6dd5
 import copy
@@ -427,7 +428,7 @@ def locked(
             if not any((folder/name).exists() for name in RUN_FILES): (folder/LOCK).unlink()
             if not any(folder.iterdir()): folder.rmdir()
 
-# %% ../nbs/09_train.ipynb #de260b0a
+# %% ../nbs/09_train.ipynb #2b9731fc
 def publish(
     aside: Path,  # a folder, completely written
     final: Path,  # the name it gets
@@ -436,8 +437,9 @@ def publish(
     for path in aside.rglob("*"):
         if path.is_file():
             with path.open("rb") as file: os.fsync(file.fileno())
-    if final.exists(): shutil.rmtree(final)
+    if final.exists(): os.replace(final, final.with_name(".leaving"))
     os.replace(aside, final)
+    shutil.rmtree(final.with_name(".leaving"), ignore_errors=True)
 
 # %% ../nbs/09_train.ipynb #0574682a
 @contextmanager
@@ -502,7 +504,7 @@ def save_complete(
     if main: publish(aside/name, folder/name), aside.rmdir(), rotate(folder, trainer.args.save_total_limit, f"checkpoint-{state.best_global_step}")
     wait()
 
-# %% ../nbs/09_train.ipynb #19f7c80a
+# %% ../nbs/09_train.ipynb #48e7fa11
 class SafeTrainer(D2MoraTrainer):
     "A checkpoint of its is complete or absent."
 
@@ -514,9 +516,12 @@ class SafeTrainer(D2MoraTrainer):
 
     def _init_training_state(self, *args, **kwargs):
         begun = super()._init_training_state(*args, **kwargs)
+        self.find_best()
+        return begun
+
+    def find_best(self):
         best = Path(self.args.output_dir)/f"checkpoint-{self.state.best_global_step}"
         if best.is_dir(): self.state.best_model_checkpoint = str(best)
-        return begun
 
     def _run_epoch(self, **kwargs):
         if self.state.global_step < self.state.max_steps: super()._run_epoch(**kwargs)
@@ -525,29 +530,6 @@ class SafeTrainer(D2MoraTrainer):
     def _finalize_training(self, *args, **kwargs):
         self.args.save_total_limit = None  # else it deletes by itself
         return super()._finalize_training(*args, **kwargs)
-
-# %% ../nbs/09_train.ipynb #f98e4ecc
-class Stopper(TrainerCallback):
-    "On SIGTERM: finish the step, save, stop. A second SIGTERM ends the process at once."
-
-    asked = False
-
-    def note(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor([float(self.asked)], device=args.device)
-        self.asked = bool(accelerate.utils.gather(asked).any()) if args.world_size > 1 else self.asked
-        if self.asked: control.should_save = control.should_training_stop = True
-
-    @contextmanager
-    def listening(self):
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, self.note) if main else None
-        try: yield
-        finally:
-            if main: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/09_train.ipynb #e0c13872
 def row_losses(
@@ -581,16 +563,16 @@ def with_mean(
     trainer.log(dict(mean))
     return metrics | mean
 
-# %% ../nbs/09_train.ipynb #7e395c70
+# %% ../nbs/09_train.ipynb #45ab4253
 class FairTrainer(SafeTrainer):
-    "Held-out losses are means over tokens, and tokens are counted without padding."
+    "Held-out losses are means over tokens and disturb no random state; tokens are counted without padding."
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         with torch.no_grad(): rows = row_losses(model, self._prepare_inputs(inputs))
         return None, rows, rows[:, 1]
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)  # which calls this again for each task
+        with torch.random.fork_rng(devices=[]): metrics = super().evaluate(eval_dataset, *args, **kwargs)  # calls this for each task
         return metrics if eval_dataset else with_mean(self, metrics)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -601,6 +583,85 @@ class FairTrainer(SafeTrainer):
     def _track_num_input_tokens(self, inputs):
         tokens = torch.tensor([useful_tokens(inputs)], device=self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+
+# %% ../nbs/09_train.ipynb #70665f6c
+class Abandoned(Exception):
+    "A validation was left because the process was asked to stop."
+
+
+def any_process(
+    flag: bool,               # of this process
+    args: TrainingArguments,  # how many there are, and where
+) -> bool:                    # the same for all
+    "Whether any process says yes."
+    if args.world_size == 1: return flag
+    return bool(accelerate.utils.gather(torch.tensor([float(flag)], device=args.device)).any())
+
+# %% ../nbs/09_train.ipynb #dae8931e
+class Stopper(TrainerCallback):
+    "On SIGTERM: finish the step, save, stop. A second SIGTERM ends the process at once."
+
+    asked = stopping = False
+
+    def note(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stopping = self.asked = any_process(self.asked, args)
+        if self.stopping: control.should_save, control.should_training_stop, control.should_evaluate = True, True, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopping: control.should_save = control.should_evaluate = False
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.asked = any_process(self.asked, args)
+        if self.asked: raise Abandoned
+
+
+@contextmanager
+def listening(
+    stopper: Stopper,
+) -> Iterator[None]:
+    "Let SIGTERM come to a stopper; only a main thread may listen."
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stopper.note) if main else None
+    try: yield
+    finally:
+        if main: signal.signal(signal.SIGTERM, before)
+
+# %% ../nbs/09_train.ipynb #0f77019e
+def validation_due(
+    trainer: "FairTrainer",  # resumed
+) -> bool:
+    "Whether the checkpoint was written in place of the validation that belongs to its step."
+    state, args = trainer.state, trainer.args
+    every = {"steps": state.global_step % (state.eval_steps or 1) == 0 or state.global_step >= state.max_steps,
+             "epoch": float(state.epoch or 0).is_integer()}.get(args.eval_strategy, False)
+    late = args.eval_delay > (state.epoch or 0 if args.eval_strategy == "epoch" else state.global_step)
+    done = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
+    return state.global_step > 0 and every and not late and not done
+
+
+class StoppableTrainer(FairTrainer):
+    "Leaves a validation when asked to stop, and makes up for it on resuming."
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        try: return super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Abandoned:
+            self.state.log_history = [line for line in self.state.log_history if line["step"] < self.state.global_step or "loss" in line]
+            self.control.should_save, self.control.should_training_stop, self.control.should_evaluate = True, True, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _init_training_state(self, *args, **kwargs):
+        begun = super()._init_training_state(*args, **kwargs)
+        self.args.eval_on_start |= validation_due(self)
+        return begun
+
+    def _evaluate(self, *args, skip_scheduler=False, **kwargs):
+        metrics = super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+        if skip_scheduler and self.state.global_step: self._determine_best_metric(metrics, None), self.find_best()  # made up for
+        return metrics
 
 # %% ../nbs/09_train.ipynb #642d8346
 def batch_rows(
@@ -645,8 +706,8 @@ def scaler_copes(
     scaler = trainer.accelerator.scaler
     return scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1
 
-# %% ../nbs/09_train.ipynb #8ec56605
-class RunTrainer(FairTrainer):
+# %% ../nbs/09_train.ipynb #2d20c454
+class RunTrainer(StoppableTrainer):
     "Trains in a run folder: what is not finite stops it."
 
     batches = ()
@@ -837,16 +898,20 @@ def begin_from(
     args.eval_on_start &= not checkpoint
     return checkpoint
 
-# %% ../nbs/09_train.ipynb #8e0ef4a7
+# %% ../nbs/09_train.ipynb #5e2508b3
 def fit(
     trainer: RunTrainer,       # ready
     stopper: Stopper,          # among its callbacks
     checkpoint: Path | None,   # to go on from
 ) -> None:
     "Train to the end; after SIGTERM end the process with a checkpoint behind it."
-    with stopper.listening(): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not stopper.asked or trainer.state.global_step >= trainer.state.max_steps: return
-    if main_process(): print(f"stopped by SIGTERM after step {trainer.state.global_step}, which is saved: go on with --resume", file=sys.stderr)
+    try:
+        with listening(stopper): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Abandoned: print("stopped by SIGTERM before the first step: go on with --resume", file=sys.stderr)
+    else:
+        last = f"checkpoint-{trainer.state.global_step}"
+        if not stopper.asked or not (Path(trainer.args.output_dir)/last).exists(): return  # without it, it came after the last step
+        if main_process(): print(f"stopped by SIGTERM: {last} is saved, go on with --resume", file=sys.stderr)
     raise SystemExit(0)
 
 # %% ../nbs/09_train.ipynb #2c1a1774

@@ -36,12 +36,14 @@ def steps(run):
     return [int(p.name.rpartition("-")[2]) for p in checkpoints(run / "checkpoints")]
 
 
+def same_weights(a, b):
+    a_weights, b_weights = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (a, b))
+    return a_weights.keys() == b_weights.keys() and all(torch.equal(a_weights[name], b_weights[name]) for name in a_weights)
+
+
 def same(a, b):
     "Two runs ended with the same adapter, to the last bit, and the same metrics."
-    a_weights, b_weights = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (a, b))
-    assert a_weights.keys() == b_weights.keys() and len(a_weights) > 0
-    assert all(torch.equal(a_weights[name], b_weights[name]) for name in a_weights)
-    return read_metrics(a) == read_metrics(b)
+    return same_weights(a, b) and read_metrics(a) == read_metrics(b)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     (step,) = steps(tmp_path / "run")
-    assert process.returncode == 0 and f"after step {step}" in err and "--resume" in err, err
+    assert process.returncode == 0 and f"checkpoint-{step} is saved" in err and "--resume" in err, err
     assert 0 < step < 1000 and not (tmp_path / "run" / "adapter").exists() and "report" not in out
 
 
@@ -110,9 +112,56 @@ def test_sigterm_and_resume_give_the_uninterrupted_adapter(tmp_path, capsys, who
     with pytest.raises(SystemExit) as stopped:
         train(recipe(), tmp_path / "run", [At(3, terminate)])
     assert stopped.value.code == 0 and signal.getsignal(signal.SIGTERM) == before
-    assert steps(tmp_path / "run") == [2, 4] and "after step 4" in capsys.readouterr().err  # noted at 3, after our own callback
+    assert steps(tmp_path / "run") == [2, 4] and "checkpoint-4 is saved" in capsys.readouterr().err  # noted at 3, after our own callback
     train(recipe(), tmp_path / "run", resume=True)
     assert "go on from checkpoint-4" in capsys.readouterr().err and same(tmp_path / "run", whole)
+
+
+class AtValidation(TrainerCallback):
+    "Sends SIGTERM in the middle of the first validation from a step on."
+
+    def __init__(self, step):
+        self.step, self.batches = step, 0
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            self.batches += 1
+            if self.batches == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+VALIDATING = {"training__eval_strategy": "steps", "training__eval_steps": 2, "training__per_device_eval_batch_size": 1, "training__load_best_model_at_end": True}
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    return train(recipe(**VALIDATING), tmp_path_factory.mktemp("validated") / "run")
+
+
+@pytest.mark.parametrize("stop, step", [(AtValidation(4), 4), (AtValidation(8), 8), (At(3, lambda model: os.kill(os.getpid(), signal.SIGTERM)), 4)])
+def test_sigterm_leaves_a_validation_that_is_made_up_for(stop, step, tmp_path, capsys, validated):
+    with pytest.raises(SystemExit) as stopped:
+        train(recipe(**VALIDATING), tmp_path / "run", [stop])
+    assert stopped.value.code == 0 and f"checkpoint-{step} is saved" in capsys.readouterr().err
+    assert not [line for line in json.loads((tmp_path / "run/checkpoints" / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+                if line["step"] == step and "loss" not in line]  # fmt: skip
+    train(recipe(**VALIDATING), tmp_path / "run", resume=True)
+    assert same(tmp_path / "run", validated)
+    states = [json.loads((run / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text()) for run in (tmp_path / "run", validated)]
+    assert step == 8 or states[0]["best_global_step"] == states[1]["best_global_step"]
+
+
+def test_sigterm_in_the_first_validation(tmp_path, capsys, whole):
+    with pytest.raises(SystemExit) as stopped:
+        train(recipe(training__per_device_eval_batch_size=1), tmp_path / "run", [AtValidation(0)])
+    assert stopped.value.code == 0 and "before the first step" in capsys.readouterr().err
+    train(recipe(training__per_device_eval_batch_size=1), tmp_path / "run", resume=True)
+    assert same_weights(tmp_path / "run", whole)
+
+
+def test_validating_changes_no_bit_of_training(validated, whole, tmp_path):
+    often = train(recipe(**VALIDATING | {"training__load_best_model_at_end": False, "training__eval_steps": 1}), tmp_path / "run")
+    assert same_weights(often, whole)
 
 
 def test_every_way_of_saving_resumes_to_the_bit(tmp_path):
