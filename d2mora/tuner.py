@@ -257,7 +257,7 @@ class D2MoraLinear(nn.Module, BaseTunerLayer):
     def merge(self, *args, **kwargs):
         raise ValueError(MERGE_REFUSED)
 
-# %% ../nbs/07_tuner.ipynb #ae40eac4
+# %% ../nbs/07_tuner.ipynb #95b573a1
 def features(
     layer: nn.Module,   # the layer to adapt
 ) -> tuple[int, int]:   # (d_in, d_out)
@@ -266,7 +266,8 @@ def features(
         return layer.in_features, layer.out_features
     if type(layer).__name__ == "Conv1D":
         return tuple(layer.weight.shape)
-    raise ValueError(f"D2MoRA adapts linear layers only: take the {type(layer).__name__} out of target_modules")
+    kind = f"{type(layer).__module__}.{type(layer).__name__}".removeprefix("torch.nn.modules.")
+    raise ValueError(f"D2MoRA adapts linear layers only, not a {kind}: take it out of target_modules")
 
 
 def add_experts(
@@ -321,7 +322,7 @@ def warn_if_inert(
         for handle in tuner._watch:
             handle.remove()
 
-# %% ../nbs/07_tuner.ipynb #b7fe9611
+# %% ../nbs/07_tuner.ipynb #a2430cd9
 TARGETS = {model: [*t, "k_proj"] if {"q_proj", "v_proj"} <= set(t) else t for model, t in LORA_TARGETS.items()}
 
 
@@ -341,7 +342,8 @@ class D2MoraModel(BaseTuner):
         if isinstance(target, D2MoraLinear):
             add_experts(target, adapter_name, peft_config)
         else:
-            new = D2MoraLinear(target, adapter_name, peft_config)
+            try: new = D2MoraLinear(target, adapter_name, peft_config)
+            except ValueError as error: raise ValueError(f"layer '{current_key}': {error}") from None
             if adapter_name not in self.active_adapters:
                 new.requires_grad_(False)
             self._replace_module(parent, target_name, new, target)

@@ -120,3 +120,10 @@ def test_dropout_in_the_model(mode):
         torch.manual_seed(seed)
         draws.append(model(ids).logits)
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], exact)
+
+
+def test_nothing_is_kept_without_gradients():
+    model, ids = adapted(lora_dropout=0.1).train(), tokens()
+    with torch.no_grad():
+        kept, logits = kept_bytes(lambda: model(ids).logits)
+    assert kept == 0 and not logits.requires_grad

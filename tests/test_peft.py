@@ -287,8 +287,32 @@ def test_merging_is_refused_and_leaves_the_model_whole():
 
 @pytest.mark.parametrize("layer", [nn.Embedding(8, 4), nn.Conv1d(4, 4, 3), nn.LayerNorm(4)])
 def test_unsupported_layer(layer):
-    with pytest.raises(ValueError, match=f"linear layers only.*{type(layer).__name__}"):
+    with pytest.raises(ValueError, match=f"layer 'odd': .*linear layers only.*{type(layer).__name__}"):
         peft.get_peft_model(nn.ModuleDict({"odd": layer, "fc": nn.Linear(4, 4)}), d2mora.D2MoraConfig(target_modules=["odd"]))
+
+
+class Int8Linear(nn.Linear):
+    "Stands for a quantized layer: its weight is of whole numbers and gets no gradient."
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out, bias=False)
+        self.scale = self.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((self.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_beside_a_quantized_weight_are_floats_and_learn(dtype):
+    base = Int8Linear(16, 8)
+    model = fill(peft.get_peft_model(nn.Sequential(base), d2mora.D2MoraConfig(target_modules=["0"], lora_dropout=0.1)))
+    x = torch.randn(5, 16, dtype=dtype)
+    y = model.eval()(x)
+    assert y.dtype == dtype and difference(y, base(x)) > 1e-2
+    model.train()(x).float().sum().backward()
+    experts = [p for n, p in model.named_parameters() if "d2mora_" in n]
+    assert len(experts) == 4 and all(p.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in experts)
 
 
 def test_targets_that_match_nothing_list_near_misses():
