@@ -317,7 +317,7 @@ def encode(
     columns = {name: [row[name] for row in coded] for name in ("input_ids", "graded_from", "fate")}
     return columns | {"length": [len(ids) for ids in columns["input_ids"]]}
 
-# %% ../nbs/08_data.ipynb #ba48b81d
+# %% ../nbs/08_data.ipynb #29496686
 @dataclass
 class Collator:
     "Makes a batch of encoded rows."
@@ -329,7 +329,7 @@ class Collator:
         if all(row.get("packed") for row in rows): return pack(rows)
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
         labels = [i.clone() for i in ids]
-        for label, row in zip(labels, rows): label[:row["graded_from"]] = -100
+        for label, row in zip(labels, rows): label[:max(1, row["graded_from"])] = -100  # nothing comes before the first token
         pad = partial(pad_sequence, batch_first=True, padding_side=self.padding_side)
         mask = pad([torch.ones_like(i) for i in ids])
         batch = {"input_ids": pad(ids, padding_value=self.pad_id), "attention_mask": mask, "labels": pad(labels, padding_value=-100)}
@@ -472,12 +472,12 @@ def check_packing(
     if packed > 0.1*leak:
         raise ValueError(f"data.sampling=packed: a {type(model).__name__} on {model.config._attn_implementation} attention lets packed rows see each other: set data.sampling=random")
 
-# %% ../nbs/08_data.ipynb #594cc90c
+# %% ../nbs/08_data.ipynb #1f505fe0
 class ByLength(torch.utils.data.Sampler):
     "Rows of like length near each other, in another order each epoch."
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int = 0):
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths[:], batch_size, seed, 0
 
     def set_epoch(self, epoch: int): self.epoch = epoch
 
