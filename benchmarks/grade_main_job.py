@@ -37,11 +37,13 @@ def real() -> tuple:
 
 
 def toy() -> tuple:
-    "The recipe `demo` with the adapters of toy_methods.py."
-    from toy_methods import METHODS
-
-    adapters = {"LoRA": METHODS["lora"], "one-to-many": METHODS["one-to-many"], "D2MoRA": METHODS["d2mora"]}
-    return "demo", {"training.save_strategy": "steps", "training.save_steps": 200, "training.save_total_limit": 1}, adapters, None
+    "The recipe `demo` with the adapters of toy_methods.py, each with the scale lora_alpha / r that it chose by held-out loss."
+    every = dict(lora_dropout=0.0, target_modules="all-linear")
+    ours = every | dict(peft_type="D2MORA", r=3, lora_alpha=96, orthogonality_weight=1e-4)
+    adapters = {"LoRA": every | dict(peft_type="LORA", r=18, lora_alpha=36),
+                "one-to-many": ours | dict(pairing="one-to-many", num_down_experts=1, num_up_experts=8),
+                "D2MoRA": ours | dict(num_down_experts=3, num_up_experts=8)}
+    return "demo", {"training.save_strategy": "steps", "training.save_steps": 200, "training.save_total_limit": 1}, adapters, 100
 
 
 def trained(folder: Path, name: str, overrides: dict, adapter: dict) -> dict:
