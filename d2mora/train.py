@@ -9,11 +9,11 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'LOCK', 'USAGE', '
            'load_recipe', 'base_folder', 'load_base', 'max_positions', 'metric_line', 'MetricsWriter', 'read_metrics',
            'validation_losses', 'ProgressBar', 'differences', 'check_output', 'main_process', 'locked', 'publish',
            'writing', 'checkpoints', 'rotate', 'last_checkpoint', 'save_complete', 'SafeTrainer', 'row_losses',
-           'mean_loss', 'with_mean', 'FairTrainer', 'Abandoned', 'any_process', 'Stopper', 'listening',
+           'mean_loss', 'with_mean', 'FairTrainer', 'Abandoned', 'any_process', 'Stopper', 'listening', 'validated',
            'validation_due', 'StoppableTrainer', 'batch_rows', 'row_names', 'check_finite', 'scaler_copes',
            'RunTrainer', 'check_device', 'training_arguments', 'adapted_base', 'global_batch', 'make_trainer',
            'count_saved', 'card_facts', 'card_scores', 'write_card', 'save_adapter', 'write_recipe', 'begin_from',
-           'fit', 'train']
+           'fit', 'at_last', 'train']
 
 # %% ../nbs/09_train.ipynb #6c0f6dd5
 import copy
@@ -630,7 +630,14 @@ def listening(
     finally:
         if main: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/09_train.ipynb #0f77019e
+# %% ../nbs/09_train.ipynb #102f773c
+def validated(
+    trainer: "FairTrainer",
+) -> bool:  # whether the log has a validation of this step
+    "Whether the held-out rows were read at the step that is done."
+    return any(line["step"] == trainer.state.global_step and "eval_loss" in line for line in trainer.state.log_history)
+
+
 def validation_due(
     trainer: "FairTrainer",  # resumed
 ) -> bool:
@@ -639,8 +646,7 @@ def validation_due(
     every = {"steps": state.global_step % (state.eval_steps or 1) == 0 or state.global_step >= state.max_steps,
              "epoch": float(state.epoch or 0).is_integer()}.get(args.eval_strategy, False)
     late = args.eval_delay > (state.epoch or 0 if args.eval_strategy == "epoch" else state.global_step)
-    done = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
-    return state.global_step > 0 and every and not late and not done
+    return state.global_step > 0 and every and not late and not validated(trainer)
 
 
 class StoppableTrainer(FairTrainer):
@@ -898,7 +904,7 @@ def begin_from(
     args.eval_on_start &= not checkpoint
     return checkpoint
 
-# %% ../nbs/09_train.ipynb #5e2508b3
+# %% ../nbs/09_train.ipynb #67481822
 def fit(
     trainer: RunTrainer,       # ready
     stopper: Stopper,          # among its callbacks
@@ -907,14 +913,18 @@ def fit(
     "Train to the end; after SIGTERM end the process with a checkpoint behind it."
     try:
         with listening(stopper): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except Abandoned: print("stopped by SIGTERM before the first step: go on with --resume", file=sys.stderr)
-    else:
-        last = f"checkpoint-{trainer.state.global_step}"
-        if not stopper.asked or not (Path(trainer.args.output_dir)/last).exists(): return  # without it, it came after the last step
-        if main_process(): print(f"stopped by SIGTERM: {last} is saved, go on with --resume", file=sys.stderr)
+    except Abandoned: pass  # the validation before the first step
+    saved = Path(trainer.args.output_dir)/f"checkpoint-{trainer.state.global_step}"
+    if not stopper.asked or trainer.state.global_step >= trainer.state.max_steps and not saved.exists(): return  # it came after the last step
+    if main_process(): print(f"stopped by SIGTERM: {saved.name if saved.exists() else 'nothing'} is saved, go on with --resume", file=sys.stderr)
     raise SystemExit(0)
 
-# %% ../nbs/09_train.ipynb #2c1a1774
+# %% ../nbs/09_train.ipynb #c32c0c19
+def at_last(trainer: RunTrainer) -> bool:
+    "Whether the model is the last step's, and not an earlier one that was better."
+    return not trainer.args.load_best_model_at_end or trainer.state.best_global_step in (None, trainer.state.global_step)
+
+# %% ../nbs/09_train.ipynb #09a7a20b
 def train(
     recipe: Recipe,                             # what to train, from `load_recipe`
     output: str | Path,                         # the run folder to make
@@ -933,6 +943,6 @@ def train(
         trainer.accelerator.wait_for_everyone()
         if main_process(): write_recipe(recipe, output/"recipe.yaml")
         fit(trainer, stopper, checkpoint)
-        if trainer.eval_dataset: trainer.evaluate()
+        if trainer.eval_dataset and not (validated(trainer) and at_last(trainer)): trainer.evaluate()
         save_adapter(trainer, output)
     return output
