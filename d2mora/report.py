@@ -38,14 +38,14 @@ def wilson_interval(
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / shrink
     return max(0.0, centre - half), min(1.0, centre + half)
 
-# %% ../nbs/09b_report.ipynb #0222be3b
+# %% ../nbs/09b_report.ipynb #1cdb119f
 def average_interval(
     tasks: list[dict],  # one dictionary a task, with accuracy and interval
 ) -> tuple[float, float]:  # low and high, 0 to 1
     "95 % interval of the unweighted mean of independent accuracies."
     centre = mean(t["accuracy"] for t in tasks)
     low, high = (math.sqrt(sum((t["accuracy"] - t["interval"][side]) ** 2 for t in tasks)) / len(tasks) for side in (0, 1))
-    return centre - low, centre + high
+    return max(0.0, centre - low), min(1.0, centre + high)
 
 # %% ../nbs/09b_report.ipynb #c788ece8
 def mean_chance(rows: list[dict], task: str) -> float:
