@@ -409,3 +409,24 @@ def test_an_error_of_one_of_several_processes_is_still_a_users_mistake(shared):
     config = DataConfig(path=str(shared / "data"), tasks=["winogrande"], cutoff=9)
     with pytest.raises(ValueError, match="data.cutoff"):
         prepare(rows, config, real_tokenizer(shared, "mistral"))
+
+
+@pytest.mark.parametrize("sampling", ["packed", "by-length"])
+def test_a_run_learns_from_each_sampling_and_packed_as_from_padded(sampling, tmp_path):
+    from safetensors.torch import load_file
+
+    from d2mora.train import load_recipe, read_metrics, train
+
+    def run(name):
+        keys = {"data.sampling": name, "data.tasks": ["boolq", "piqa"], "training.max_steps": 4, "training.per_device_train_batch_size": 4}
+        keys |= {"training.gradient_accumulation_steps": 2, "training.logging_steps": 1, "training.warmup_steps": 0}
+        folder = train(load_recipe("demo", keys), tmp_path / name)
+        return [line["loss"] for line in read_metrics(folder) if "loss" in line], load_file(folder / "adapter/adapter_model.safetensors")
+
+    (losses, weights), (padded, others) = run(sampling), run("random")
+    flat = lambda tensors: torch.cat([tensors[key].flatten() for key in sorted(tensors)])
+    apart = ((flat(weights) - flat(others)).norm() / flat(others).norm()).item()
+    if sampling == "packed":
+        assert losses == pytest.approx(padded, abs=1e-4) and apart < 1e-3, (losses, padded, apart)
+    else:
+        assert len(losses) == 4 and losses != pytest.approx(padded, abs=1e-3)
