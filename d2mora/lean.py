@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['draw_mask', 'pack_bits', 'unpack_bits', 'DropoutProject', 'dropout_project']
 
-# %% ../nbs/06_lean.ipynb #1d9107e9
+# %% ../nbs/06_lean.ipynb #0579ce24
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lora import project_down
+from .lora import match_dtype, project_down
 
 # %% ../nbs/06_lean.ipynb #f564b244
 def draw_mask(
@@ -39,7 +39,7 @@ def unpack_bits(
     "Undo `pack_bits`."
     return ((packed.long() * _SPREAD) & _ONE_EACH).view(torch.uint8) != 0
 
-# %% ../nbs/06_lean.ipynb #57cf5fb4
+# %% ../nbs/06_lean.ipynb #39f43219
 class DropoutProject(torch.autograd.Function):
     "Project `dropout(x)`, keeping `x` and a bit for each element."
 
@@ -48,7 +48,8 @@ class DropoutProject(torch.autograd.Function):
         mask = draw_mask(x.numel(), p, x.device)
         ctx.save_for_backward(x, W, pack_bits(mask))
         ctx.scale = 65536 / (65536 - round(p * 65536))
-        return F.linear(torch.where(mask[: x.numel()].view(x.shape), x, 0), W) * ctx.scale
+        dropped = torch.where(mask[: x.numel()].view(x.shape), x, 0)
+        return F.linear(match_dtype(dropped, W), W) * ctx.scale
 
     @staticmethod
     def backward(ctx, grad):  # (…, M·r)

@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['route', 'many_to_many']
 
-# %% ../nbs/04_routers.ipynb #fb138e5d
+# %% ../nbs/04_routers.ipynb #1e4e7b1b
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .lora import match_dtype
 from .many_to_many import mix_down
 from .shared_a import mix_up
 
-# %% ../nbs/04_routers.ipynb #bfdc377b
+# %% ../nbs/04_routers.ipynb #e8f031f4
 def route(
     v: Tensor,  # what the router reads, (…, d)
     R: Tensor,  # router, one row for each expert, (experts, d)
 ) -> Tensor:    # weights that sum to 1, (…, experts), float32 or wider
     "Weigh experts by a softmax over `R v`, taken in float32 whatever the input's dtype."
-    logits = F.linear(v.to(R.dtype), R)
+    logits = F.linear(match_dtype(v, R), R)
     return F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 # %% ../nbs/04_routers.ipynb #5b365542

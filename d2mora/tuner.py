@@ -210,7 +210,7 @@ def mixture(
     down = partial(dropout_project, A=layer.d2mora_A[name], p=p, independent=independent)
     return PAIRINGS[config.pairing](down, partial(weigh, "down"), partial(weigh, "up"), x)
 
-# %% ../nbs/07_tuner.ipynb #d69bd51f
+# %% ../nbs/07_tuner.ipynb #3b0e2f86
 def update(
     layer: "D2MoraLinear",  # holds the experts
     name: str,              # of the adapter
@@ -218,7 +218,6 @@ def update(
 ) -> Tensor:                # (lora_alpha / r) · Σ_j w_j B_j z, (…, d_out)
     "The adapter's addition to the frozen layer's output."
     config = layer.adapter_config[name]
-    x = layer._cast_input_dtype(x, layer.d2mora_A[name].dtype)
     return project_up(mixture(layer, name, x) * (config.lora_alpha / config.r), layer.d2mora_B[name])
 
 # %% ../nbs/07_tuner.ipynb #d30274e9
@@ -366,7 +365,7 @@ def register_d2mora() -> None:
 
 register_d2mora()
 
-# %% ../nbs/07_tuner.ipynb #36127606
+# %% ../nbs/07_tuner.ipynb #cec9acc4
 @contextmanager
 def record_routing(
     model: nn.Module,  # any model with adapted layers
@@ -375,10 +374,9 @@ def record_routing(
     record = {}
 
     def look(name, layer, args):
-        x = layer._cast_input_dtype(args[0], next(iter(layer.d2mora_A.values())).dtype)
         for adapter in layer.active_adapters:
             if adapter in layer.d2mora_A:
-                mixture(layer, adapter, x, seen=record.setdefault(name, {}))
+                mixture(layer, adapter, args[0], seen=record.setdefault(name, {}))
 
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, D2MoraLinear)]
     handles = [m.register_forward_pre_hook(partial(look, n)) for n, m in layers]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import adapted, tokens
+from helpers import adapted, tiny_llama, tokens
 
 from d2mora.lean import DropoutProject, draw_mask, dropout_project, pack_bits, unpack_bits
 from d2mora.lora import project_down
+from d2mora.tuner import update
 
 
 @pytest.mark.parametrize("count", [0, 8, 16, 104])
@@ -127,3 +128,17 @@ def test_nothing_is_kept_without_gradients():
     with torch.no_grad():
         kept, logits = kept_bytes(lambda: model(ids).logits)
     assert kept == 0 and not logits.requires_grad
+
+
+@pytest.mark.parametrize("autocast, copies", [(True, 0), (False, 1)])
+def test_half_precision_inputs_are_not_copied_for_float32_experts(autocast, copies):
+    "Of each layer's input only the router's weight gradient needs a float32 copy, and none under autocast."
+    model = adapted(tiny_llama(torch.bfloat16), lora_dropout=0.1, r=4).train()
+    x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    wide = []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: wide.append(t) or t, lambda t: t):
+            update(layer, "default", x)
+    assert sum(t.dtype == torch.float32 and t.numel() == x.numel() and t.shape[-1] == x.shape[-1] for t in wide) == copies
+    assert any(t.data_ptr() == x.data_ptr() for t in wide)  # x itself is what is kept
