@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from d2mora import evaluate as module
 from d2mora.cli import main
 from d2mora.evaluate import evaluate
 from d2mora.report import comparison, read_graded, write_disagreements
-from d2mora.tasks import toy_rows
+from d2mora.tasks import toy_base, toy_rows
 from d2mora.train import load_recipe, train
 
 TASKS = "boolq,ARC-Easy,winogrande"
@@ -131,6 +132,27 @@ def test_more_rows_later_go_on_from_the_first(run, tmp_path, monkeypatch):
     assert result["tasks"]["boolq"]["n"] == 20 and len(read_graded(tmp_path)) == 20
 
 
+def base_without(tmp, *tokens):
+    "A copy of the toy base whose tokenizer lacks some special tokens."
+    folder = Path(shutil.copytree(toy_base(), tmp / ("no-" + "-".join(tokens))))
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            (folder / name).chmod(0o644)
+            keys = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({k: v for k, v in keys.items() if not k.startswith(tokens)}))
+    return str(folder)
+
+
+def test_a_base_without_pad_token_is_graded_all_the_same(tmp_path):
+    base = base_without(tmp_path, "pad_token")
+    from d2mora.train import load_base
+
+    assert load_base(base)[1].pad_token_id is None
+    for protocol in ("choice", "generate", "official"):
+        args = dict(protocol=protocol, data="toy", tasks=["piqa"], limit=12, progress=False)
+        assert evaluate(base=base, **args)["tasks"] == evaluate(base="toy", **args)["tasks"]
+
+
 def bad_inputs(run, tmp):
     "Command lines that a user may get wrong, and what the message must name."
     data = tmp / "data" / "boolq"
@@ -147,7 +169,8 @@ def bad_inputs(run, tmp):
             ("evaluate", str(run), "--limit", "0"): "limit=0", ("evaluate", str(run), "--limit", "-3"): "limit=-3", ("evaluate", str(run), "--protocol", "chioce"): "did you mean 'choice'",
             ("evaluate", str(run), "--batch-size", "0"): "batch_size=0", ("evaluate", str(run), "--tasks", "bolq"): "boolq", ("evaluate", str(run), "--prompt", "oficial"): "official",
             ("evaluate", str(run), "--protocol", "official", "--prompt", "plain"): "own prompt", ("evaluate", str(run), str(run), "--output", str(tmp / "x")): "one DIR",
-            ("evaluate", "--base", str(tmp / "no-such-base")): "no such folder"}
+            ("evaluate", "--base", str(tmp / "no-such-base")): "no such folder",
+            ("evaluate", "--base", base_without(tmp, "eos_token", "pad_token"), "--data", "toy"): "no EOS token"}
 
 
 def test_bad_input_is_one_line_and_changes_nothing(run, tmp_path, capsys):
