@@ -307,7 +307,7 @@ def plan(
                 {again: plan_memory(model, shape, recipe, load, again) for again in (False, True)},
                 plan_flops(shape, recipe, load, validation, batches, evaluations))
 
-# %% ../nbs/13_full.ipynb #1b3650ec
+# %% ../nbs/13_full.ipynb #edc11bdd
 GiB = 2**30
 
 
@@ -324,7 +324,7 @@ def fits(
 
 def lasting(hours: float) -> str:
     "Hours, or minutes where there are few."
-    return f"{hours:.1f} h" if hours >= 1 else f"{60*hours:.0f} min"
+    return f"{hours:.1f} h" if hours >= 1 else f"{60*hours:.0f} min" if hours >= 1/60 else "a minute"
 
 
 def plan_table(

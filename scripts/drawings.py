@@ -355,6 +355,37 @@ def compare():
     yield text(430, 308, "one seed proves nothing: the spread between seeds is part of the result", 12, "loss")
 
 
+@drawing("08_data_packed", "Padded and packed", "Three rows of a batch, once padded to the longest, once end to end in one sequence; positions start again at 0 with each row, "
+         "and each token sees only the tokens of its own row before it.", 860, 300)
+def data_packed():
+    rows, kinds = (4, 9, 6), ("A", "B", "router")
+    yield text(120, 30, "padded: 27 tokens computed, 19 useful", 13, anchor="start", bold=True) + text(490, 30, "packed: 19 tokens", 13, anchor="start", bold=True)
+    for i, (n, kind) in enumerate(zip(rows, kinds)):
+        for j in range(9): yield box(135 + j*25, 70 + i*32, 21, 21, str(j) if j < n else "", kind if j < n else "plain", 11, dash=j >= n)
+    yield text(60, 102, "position", 12) + arrow((380, 102), (435, 102))
+    starts = [sum(rows[:i]) for i in range(3)]
+    for n, start, kind in zip(rows, starts, kinds):
+        for j in range(n): yield box(455 + (start + j)*19.5, 70, 17, 21, str(j), kind, 10)
+    x, y, c = 540, 105, 9
+    yield f'<rect x="{x}" y="{y}" width="{19*c}" height="{19*c}" fill="#FFFFFF" stroke="#999999"/>'
+    for n, start, kind in zip(rows, starts, kinds):
+        for j in range(n): yield f'<rect x="{x + start*c}" y="{y + (start + j)*c}" width="{(j + 1)*c}" height="{c}" fill="{STROKE[kind]}" opacity="0.55"/>'
+    yield text(x - 12, y + 85, "token", 12, anchor="end") + text(x + 86, y + 184, "sees", 12) + text(120, 215, "dashed: padding, computed for nothing", 12, anchor="start")
+
+
+@drawing("13_full", "A dry run", "A recipe goes four ways: its base's shape becomes a model without weights, whose parameters are counted; two and three layers with fake tensors say bytes and operations of a layer; "
+         "the real rows say how many tokens there are; a small random model of the same kind takes two real steps.", 860, 330)
+def full():
+    yield box(85, 160, 120, 60, "recipe", "plain", 15, bold=True)
+    ways = (("shape of the base", "whole model on\nthe meta device", "parameters by part", "frozen"), ("2 and 3 layers", "one step with\nfake tensors", "bytes, operations\nof every layer", "A"),
+            ("the real rows", "read, checked,\ntokenized", "tokens and padding\nof an epoch", "B"), ("small random model", "two real steps\non the CPU", "it runs", "router"))
+    for i, (what, how, found, kind) in enumerate(ways):
+        y = 48 + i*76
+        yield arrow((148, 160), (208, y)) + box(290, y, 160, 44, what, kind, 13) + arrow((372, y), (408, y)) + box(480, y, 140, 48, how, "plain", 12) + arrow((552, y), (588, y)) + text(655, y, found, 12)
+        if i < 3: yield arrow((715, y), (752, 124))
+    yield box(800, 124, 92, 76, "memory,\nhours,\nfits?", "loss", 14, bold=True)
+
+
 def main():
     "Write all drawings, and remove none: other images may live in the folder."
     IMAGES.mkdir(exist_ok=True)
