@@ -42,7 +42,7 @@ from .tasks import ANSWER_PREFIX, PROMPT_STYLES, TASKS, TOY_WORLDS, evaluating, 
 from .train import load_base, load_recipe, max_positions, write_card
 from .tuner import record_routing
 
-# %% ../nbs/10_evaluate.ipynb #b39c184c
+# %% ../nbs/10_evaluate.ipynb #0393a635
 @dataclass
 class Item:
     "A row made ready for the model."
@@ -61,12 +61,16 @@ def common(rows: list[list[int]]) -> int:
 
 def tokenized(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
     "For each (context, option) its token ids as one text, and how many of the last hold characters of the option."
-    coded = tokenizer([context + option for context, option in pairs], return_offsets_mapping=True)
-    ends = [[end for _, end in spans] for spans in coded["offset_mapping"]]
-    kept = [max((i for i, end in enumerate(own) if end), default=len(own) - 1) + 1 for own in ends]  # without an EOS that some tokenizers add
-    return [(ids[:n], sum(end > len(context) for end in own)) for (context, _), ids, own, n in zip(pairs, coded["input_ids"], ends, kept)]
+    coded, found = tokenizer([context + option for context, option in pairs]), []
+    for k, (context, option) in enumerate(pairs):
+        ids, special = coded["input_ids"][k], coded.encodings[k].special_tokens_mask
+        while ids and special[len(ids) - 1]: ids = ids[:-1]  # an EOS that some tokenizers add
+        places = (coded.char_to_token(k, len(context) + i) for i in range(len(option)))
+        first = next((place for place in places if place is not None), len(ids))
+        found.append((ids, len(ids) - first))
+    return found
 
-# %% ../nbs/10_evaluate.ipynb #3c088e68
+# %% ../nbs/10_evaluate.ipynb #55aebe53
 def ready(
     tokenizer,                     # a fast tokenizer
     pairs: list[tuple[str, str]],  # (context, option) for each option of a row; one pair with option "" if it is to be gone on from
@@ -77,7 +81,8 @@ def ready(
     shortened = bool(limit) and max(len(ids) for ids, _ in coded) > limit
     if shortened:
         longest = pairs[max(range(len(pairs)), key=lambda k: coded[k][1])][1]
-        pairs = [(shorten_prompt(tokenizer, context, longest, limit), option) for context, option in pairs]
+        cut = {context: shorten_prompt(tokenizer, context, longest, limit) for context, _ in pairs}
+        pairs = [(cut[context], option) for context, option in pairs]
         coded = tokenized(tokenizer, pairs)
     if not pairs[0][1]: return Item(coded[0][0], [], [], [], shortened)
     if not all(0 < n < len(ids) for ids, n in coded): raise ValueError(f"options {[o for _, o in pairs]}: each needs at least one token, and so does the context")
@@ -382,7 +387,7 @@ def grade_rows(
 # %% ../nbs/10_evaluate.ipynb #ee5b373d
 def about_row(row: dict, task: str, place: int) -> dict: return {"task": task, "row": place, "hash": row_hash(row, task), "answer": row["answer"]}
 
-# %% ../nbs/10_evaluate.ipynb #1c62850d
+# %% ../nbs/10_evaluate.ipynb #8998fa95
 def batch_differences(
     model, tokenizer, task: str,
     rows: list[dict],
@@ -395,7 +400,8 @@ def batch_differences(
     heads = [ready(tokenizer, prompt_pairs(row, task, style), limit and limit - NEW_TOKENS).head for row in rows]
     alone = [write_tokens(model, tokenizer, [head], num_beams)[0] for head in heads]
     batch = [ids for start in range(0, len(heads), batch_size) for ids in write_tokens(model, tokenizer, heads[start:start + batch_size], num_beams)]
-    return [difference(model, tokenizer, task, i, heads[i], a, b) for i, (a, b) in enumerate(zip(alone, batch)) if tokenizer.decode(a, skip_special_tokens=True) != tokenizer.decode(b, skip_special_tokens=True)]
+    text = partial(tokenizer.decode, skip_special_tokens=True)
+    return [difference(model, tokenizer, task, i, heads[i], a, b) for i, (a, b) in enumerate(zip(alone, batch)) if text(a) != text(b)]
 
 
 def difference(model, tokenizer, task, i, head, alone, batch) -> dict:
@@ -479,7 +485,7 @@ def mark(settings: dict) -> str:
     "The settings' hash, which every line of a results file carries."
     return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/10_evaluate.ipynb #c890aef1
+# %% ../nbs/10_evaluate.ipynb #63ebb229
 def result_files(folder: Path, protocol: str) -> list[Path]:
     "What earlier calls left in a folder: the finished table and rows, and rows under way."
     names = [f"evaluation-{protocol}.json", f"evaluation-{protocol}.jsonl"]
@@ -502,7 +508,8 @@ def rows_done(
     done = {}
     for path in result_files(folder, protocol):
         for line in whole_lines(path) if path.suffix == ".jsonl" else []:
-            if line.get("settings") != mark(settings): raise ValueError(f"{path}: {other_settings(folder, protocol, settings)}: grade with --again (these are kept in a folder earlier-N), or into another --output")
+            if line.get("settings") != mark(settings):
+                raise ValueError(f"{path}: {other_settings(folder, protocol, settings)}: grade with --again (these are kept in a folder earlier-N), or into another --output")
             done[line["hash"]] = line
     return done
 
@@ -557,11 +564,12 @@ def on_device(model):
     "The model on this process's GPU, where there is one."
     return model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}") if torch.cuda.is_available() else model
 
-# %% ../nbs/10_evaluate.ipynb #e4db98d8
+# %% ../nbs/10_evaluate.ipynb #6491a5ea
 def grade_all(
     model, tokenizer,
     rows: dict[str, list[dict]],  # by task
-    how: dict,                    # protocol, style, batch_size, settings' mark
+    settings: dict,               # from `settings_of`
+    batch_size: int,
     done: dict[str, dict],        # rows graded before, by hash
     keep: Callable,               # called with the lines of each batch as soon as they are there
     share: tuple[int, int],       # this process's number, and how many there are
@@ -570,13 +578,13 @@ def grade_all(
     "Grade what is not done, handing out each batch at once."
     hashes = {task: [row_hash(row, task) for row in own] for task, own in rows.items()}
     before = {task: {i for i, h in enumerate(own) if h in done} for task, own in hashes.items()}
-    plans = {task: plan(own, how["batch_size"], before[task], share) for task, own in rows.items()}
-    fresh = {}
-    with tqdm(total=sum(map(len, plans.values())), desc=how["protocol"], unit="row", file=sys.stderr, dynamic_ncols=True, disable=not progress or share[0] > 0) as bar:
+    plans = {task: plan(own, batch_size, before[task], share) for task, own in rows.items()}
+    fresh, protocol = {}, settings["protocol"]
+    with tqdm(total=sum(map(len, plans.values())), desc=protocol, unit="row", file=sys.stderr, dynamic_ncols=True, disable=not progress or share[0] > 0) as bar:
         for task, own in rows.items():
-            grade = lambda numbers: grade_batch(model, tokenizer, task, [own[i] for i in numbers], how["protocol"], how["style"])
-            for numbers, graded in in_batches(grade, plans[task], how["batch_size"]):
-                lines = [about_row(own[i], task, i) | g | {"settings": how["mark"]} for i, g in zip(numbers, graded)]
+            grade = lambda numbers: grade_batch(model, tokenizer, task, [own[i] for i in numbers], protocol, settings["prompt"])
+            for numbers, graded in in_batches(grade, plans[task], batch_size):
+                lines = [about_row(own[i], task, i) | g | {"settings": mark(settings)} for i, g in zip(numbers, graded)]
                 keep([line for line in lines if line["hash"] not in done])
                 fresh |= {line["hash"]: line for line in lines if line["hash"] not in done}
                 bar.update(len(lines))
@@ -605,7 +613,7 @@ def write_results(
     write_text(folder/"report.md", report(folder))
     if all((folder/name).is_file() for name in ("recipe.yaml", "metrics.jsonl", "adapter/README.md")): write_card(folder)
 
-# %% ../nbs/10_evaluate.ipynb #374d4e7f
+# %% ../nbs/10_evaluate.ipynb #10177ac5
 def evaluate(
     target: str | Path | None = None,  # a run folder, an adapter's folder or a model's; None: the bare base
     base: str | None = None,           # a base in place of the run's, or the bare one
@@ -624,18 +632,16 @@ def evaluate(
     share, (model, tokenizer, config) = join(), load_target(target, base)
     path = data_path(DataConfig(path=data or (config.path if config else None)))
     rows = test_rows(path, tasks, limit)
-    style = PROTOCOLS[protocol].prompt or prompt or (config.prompt if config else "plain")
-    settings, folder = settings_of(model, protocol, style), Path(output or target) if output or target else None
-    how = {"protocol": protocol, "style": style, "batch_size": batch_size, "mark": mark(settings)}
-    done, keep = open_results(folder, protocol, settings, again, share)
-    everyone({}, share[1])  # all have read what is done before anybody writes
-    fresh = everyone(grade_all(on_device(model), tokenizer, rows, how, done, keep, share, progress), share[1])
-    graded = in_order(rows, done | fresh)
+    settings = settings_of(model, protocol, PROTOCOLS[protocol].prompt or prompt or (config.prompt if config else "plain"))
+    folder = Path(output or target) if output or target else None
+    done, keep = open_results(folder, settings, again, share)
+    found = done | everyone(grade_all(on_device(model), tokenizer, rows, settings, batch_size, done, keep, share, progress), share[1])
+    graded = in_order(rows, found)
     result = about(target, model, settings, path, limit, batch_size, share[1]) | results(graded, rows)
-    if folder and share[0] == 0: write_results(folder, protocol, result, all_lines(graded, done | fresh))
+    if folder and share[0] == 0: write_results(folder, protocol, result, all_lines(graded, found))
     return result
 
-# %% ../nbs/10_evaluate.ipynb #70e6f7f8
+# %% ../nbs/10_evaluate.ipynb #a63527a1
 def test_rows(path: str, tasks: Iterable[str] | None, limit: int | None) -> dict[str, list[dict]]:
     "The rows to grade, by task."
     rows = {task: read_task(path, task, "test").to_list()[:limit] for task in tasks_to_grade(path, tasks)}
@@ -643,9 +649,10 @@ def test_rows(path: str, tasks: Iterable[str] | None, limit: int | None) -> dict
     return rows
 
 
-def open_results(folder: Path | None, protocol: str, settings: dict, again: bool, share: tuple[int, int]) -> tuple[dict, Callable]:
+def open_results(folder: Path | None, settings: dict, again: bool, share: tuple[int, int]) -> tuple[dict, Callable]:
     "What earlier calls have graded, and a function that appends lines to this process's file."
     if folder is None: return {}, lambda lines: None
+    protocol = settings["protocol"]
     if again and share[0] == 0 and folder.is_dir(): set_aside(folder, protocol)
     if again: everyone({}, share[1])
     done, path = rows_done(folder, protocol, settings), []
@@ -653,6 +660,7 @@ def open_results(folder: Path | None, protocol: str, settings: dict, again: bool
     def keep(lines):
         if lines and not path: path.append(part_file(folder, protocol, share[0]))  # nothing is written before there is something to write
         if lines: append(path[0], lines)
+    everyone({}, share[1])  # all have read what is done before anybody writes
     return done, keep
 
 
@@ -685,7 +693,7 @@ def ask(
     table = routing_table(model, tokenizer, prompt + answers["adapter"]) if routing else ""
     return answers | ({"routing": table} if table else {})
 
-# %% ../nbs/10_evaluate.ipynb #d30a3593
+# %% ../nbs/10_evaluate.ipynb #1807ded8
 def routing_table(
     model,       # a model with an adapter
     tokenizer,
@@ -698,7 +706,8 @@ def routing_table(
     means = {side: torch.stack(found).mean(0) for side, found in sides.items() if found}  # (tokens, experts)
     if not means: return ""
     header = ["token", *(f"{'AB'[side == 'up']}{k + 1}" for side, w in means.items() for k in range(w.shape[1]))]
-    return text_table(header, [[tokenizer.decode(i).strip() or repr(tokenizer.decode(i)), *(f"{100 * v:.0f}" for w in means.values() for v in w[t].tolist())] for t, i in enumerate(ids[0].tolist())])
+    names = [tokenizer.decode(i).strip() or repr(tokenizer.decode(i)) for i in ids[0].tolist()]
+    return text_table(header, [[name, *(f"{100 * v:.0f}" for w in means.values() for v in w[t].tolist())] for t, name in enumerate(names)])
 
 # %% ../nbs/10_evaluate.ipynb #8996c06e
 def lm_eval_docs(
