@@ -11,7 +11,7 @@ install: .venv/installed                     ## .venv with the pinned working se
 .venv/installed: constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make install: no Python 3.11 or newer with venv found: install one, or give PYTHON=/path/to/python3" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel -e ".[dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel -e ".[dev,eval]"
 	touch $@
 
 test: install roundtrip                      ## the gate: round trip, README, notebooks, pytest

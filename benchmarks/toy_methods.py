@@ -1,5 +1,7 @@
 """What LoRA, one-to-many and D2MoRA reach on the toy world: equal steps, equal learning rate, parameters equal to within 3 %.
 
+How strongly an update counts, lora_alpha / r, is chosen for each method among the same three by the loss on training rows set aside.
+
     python benchmarks/toy_methods.py --world toy --output nbs/results/toy-methods.json
     python benchmarks/toy_methods.py --world toy-hard --output nbs/results/toy-hard-methods.json
 
@@ -21,31 +23,40 @@ import transformers
 
 from d2mora.evaluate import evaluate
 from d2mora.tasks import toy_base
-from d2mora.train import adapted_base, load_recipe, train
+from d2mora.train import adapted_base, load_recipe, train, validation_losses
 
-OURS = dict(peft_type="D2MORA", r=3, lora_alpha=24, lora_dropout=0.0, orthogonality_weight=1e-4, target_modules="all-linear")
-QKV = ["q_proj", "k_proj", "v_proj"]
+OURS = dict(peft_type="D2MORA", r=3, lora_dropout=0.0, orthogonality_weight=1e-4, target_modules="all-linear")
 METHODS = {
-    "lora": dict(peft_type="LORA", r=18, lora_alpha=36, lora_dropout=0.0, target_modules="all-linear"),
+    "lora": dict(peft_type="LORA", r=18, lora_dropout=0.0, target_modules="all-linear"),
     "one-to-many": OURS | dict(pairing="one-to-many", num_down_experts=1, num_up_experts=8),
     "d2mora": OURS | dict(num_down_experts=3, num_up_experts=8),
-    "d2mora-qkv": OURS | dict(num_down_experts=3, num_up_experts=8, target_modules=QKV),
+    "d2mora-qkv": OURS | dict(num_down_experts=3, num_up_experts=8, target_modules=["q_proj", "k_proj", "v_proj"]),
 }
+SCALES, CHOOSING_SEED, HELD_OUT = (2, 8, 32), 100, 400  # lora_alpha / r; the seed and the training rows set aside to choose it by
 
-def one_run(recipe_name: str, method: str, seed: int, steps: int | None) -> dict:
+def recipe_of(world: str, method: str, scale: int, seed: int, changes: dict):
+    "The world's recipe with another method, scale and seed."
+    recipe = load_recipe({"toy": "demo", "toy-hard": "demo-hard"}[world], {"training.seed": seed, "training.disable_tqdm": True} | changes)
+    recipe.adapter = METHODS[method] | dict(lora_alpha=scale * METHODS[method]["r"])
+    return recipe
+
+def held_out_loss(world: str, method: str, scale: int, changes: dict) -> float:
+    "Final loss on training rows that were set aside; tested facts play no part in the choice."
+    with tempfile.TemporaryDirectory() as folder:
+        run = train(recipe_of(world, method, scale, CHOOSING_SEED, changes | {"data.validation_rows": HELD_OUT}), Path(folder) / "run")
+        return mean(last for _, last in validation_losses(run).values())
+
+def one_run(world: str, method: str, scale: int, seed: int, changes: dict) -> dict:
     "Train and grade one method with one seed."
-    changes = {"training.seed": seed, "training.disable_tqdm": True} | ({"training.max_steps": steps} if steps else {})
-    recipe = load_recipe(recipe_name, changes)
-    recipe.adapter = METHODS[method]
-    model, _ = adapted_base(recipe, seed)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    recipe = recipe_of(world, method, scale, seed, changes)
+    trained = sum(p.numel() for p in adapted_base(recipe, seed)[0].parameters() if p.requires_grad)
     with tempfile.TemporaryDirectory() as folder:
         wall, cpu = time.perf_counter(), time.process_time()
         run = train(recipe, Path(folder) / "run")
         seconds = dict(wall=round(time.perf_counter() - wall), cpu=round(time.process_time() - cpu))
         result = evaluate(run)
     tasks = {task: dict(n=t["n"], accuracy=t["accuracy"], chance=t["chance"], interval=t["interval"]) for task, t in result["tasks"].items()}
-    return dict(method=method, seed=seed, steps=recipe.training["max_steps"], parameters=trained, seconds=seconds, average=result["average"], tasks=tasks)
+    return dict(method=method, scale=scale, seed=seed, steps=recipe.training["max_steps"], parameters=trained, seconds=seconds, average=result["average"], tasks=tasks)
 
 def table(runs: list[dict]) -> dict:
     "For each method the mean and standard deviation over seeds."
@@ -53,9 +64,17 @@ def table(runs: list[dict]) -> dict:
     for method in dict.fromkeys(r["method"] for r in runs):
         own = [r for r in runs if r["method"] == method]
         averages = [r["average"] for r in own]
-        out[method] = dict(seeds=len(own), parameters=own[0]["parameters"], average=mean(averages), std=stdev(averages) if len(own) > 1 else None,
+        out[method] = dict(seeds=len(own), parameters=own[0]["parameters"], scale=own[0]["scale"], average=mean(averages), std=stdev(averages) if len(own) > 1 else None,
                            tasks={t: mean(r["tasks"][t]["accuracy"] for r in own) for t in own[0]["tasks"]})
     return out
+
+def write(path: Path, command: str, choice: dict, runs: list[dict]):
+    "The result file, complete or as before."
+    about = dict(command=command, threads=torch.get_num_threads(), versions=dict(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__),
+                 hashes=(Path(toy_base()).parent / "toy.sha256").read_text().splitlines())
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(about | dict(choice=choice, methods=table(runs), runs=runs), indent=1) + "\n")
+    aside.rename(path)
 
 def main(argv=None):
     "Command line."
@@ -68,16 +87,20 @@ def main(argv=None):
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    runs = json.loads(args.output.read_text())["runs"] if args.output.exists() else []
+    changes, command = {"training.max_steps": args.steps} if args.steps else {}, "python benchmarks/toy_methods.py " + " ".join(argv or sys.argv[1:])
+    kept = json.loads(args.output.read_text()) if args.output.exists() else dict(choice={}, runs=[])
+    choice, runs, methods = kept["choice"], kept["runs"], args.methods.split(",")
+    for method in methods:
+        losses = choice.setdefault(method, {})
+        for scale in (s for s in SCALES if str(s) not in losses):
+            losses[str(scale)] = held_out_loss(args.world, method, scale, changes)
+            write(args.output, command, choice, runs)
+            print(method, "scale", scale, "held-out loss", losses[str(scale)], flush=True)
     done = {(r["method"], r["seed"]) for r in runs}
-    recipe = {"toy": "demo", "toy-hard": "demo-hard"}[args.world]
     for seed in map(int, args.seeds.split(",")):
-        for method in (m for m in args.methods.split(",") if (m, seed) not in done):
-            runs.append(one_run(recipe, method, seed, args.steps))
-            about = dict(command="python benchmarks/toy_methods.py " + " ".join(argv or sys.argv[1:]), threads=torch.get_num_threads(),
-                         versions=dict(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__),
-                         hashes=(Path(toy_base()).parent / "toy.sha256").read_text().splitlines())
-            args.output.write_text(json.dumps(about | dict(methods=table(runs), runs=runs), indent=1) + "\n")
+        for method in (m for m in methods if (m, seed) not in done):
+            runs.append(one_run(args.world, method, int(min(choice[method], key=choice[method].get)), seed, changes))
+            write(args.output, command, choice, runs)
             print({k: v for k, v in runs[-1].items() if k != "tasks"}, {t: v["accuracy"] for t, v in runs[-1]["tasks"].items()}, flush=True)
 
 if __name__ == "__main__":

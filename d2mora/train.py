@@ -12,8 +12,8 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'LOCK', 'USAGE', '
            'mean_loss', 'with_mean', 'FairTrainer', 'Abandoned', 'any_process', 'Stopper', 'listening', 'validated',
            'validation_due', 'StoppableTrainer', 'batch_rows', 'row_names', 'check_finite', 'scaler_copes',
            'RunTrainer', 'check_device', 'training_arguments', 'adapted_base', 'global_batch', 'make_trainer',
-           'count_saved', 'card_facts', 'card_scores', 'write_card', 'save_adapter', 'write_recipe', 'begin_from',
-           'fit', 'at_last', 'train']
+           'count_saved', 'card_facts', 'card_scores', 'write_card', 'name_base', 'save_adapter', 'write_recipe',
+           'begin_from', 'fit', 'at_last', 'train']
 
 # %% ../nbs/09_train.ipynb #6c0f6dd5
 import copy
@@ -282,7 +282,7 @@ def base_folder(
     if looks_local and not Path(base).is_dir(): raise ValueError(f"base '{base}' cannot be loaded: there is no such folder")
     return base
 
-# %% ../nbs/09_train.ipynb #9c06c8ac
+# %% ../nbs/09_train.ipynb #75931280
 def load_base(
     base: str,  # hub name, folder, or `toy`
     dtype: torch.dtype | str = "auto",  # of its weights; "auto": as they are stored
@@ -296,6 +296,7 @@ def load_base(
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"base '{base}' cannot be loaded: {reason[:200]}; give a hub name or a folder with config.json, weights and tokenizer.json") from error
     check_tokenizer(tokenizer)
+    model.config.name_or_path = base  # as the recipe calls it, not where it lies on this machine
     return model, tokenizer
 
 # %% ../nbs/09_train.ipynb #807f7fc5
@@ -830,7 +831,7 @@ def card_facts(
             "length": listed({"steps": last.get("step"), "tokens": last.get("tokens")}),
             "held-out loss": "; ".join(f"{task} {a:.3f} → {b:.3f}" for task, (a, b) in validation_losses(run).items()) or "not measured"}
 
-# %% ../nbs/09_train.ipynb #7bd954da
+# %% ../nbs/09_train.ipynb #fef2c15f
 def card_scores(
     run: Path,  # a run folder
 ) -> str:       # a table of every protocol's grades; a hint if there are none
@@ -844,12 +845,14 @@ def card_scores(
 
 USAGE = """```python
 import d2mora  # registers the method
-from peft import AutoPeftModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("FOLDER_OR_NAME")
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "FOLDER_OR_NAME")
 ```"""
 
-# %% ../nbs/09_train.ipynb #a61c7451
+# %% ../nbs/09_train.ipynb #d82b4c95
 def write_card(
     run: str | Path,               # a run folder
     adapter: Path | None = None,   # the adapter's folder, if not the run's
@@ -859,12 +862,25 @@ def write_card(
     ours = load_recipe(run/"recipe.yaml").adapter["peft_type"] == "D2MORA"
     card, facts = ModelCard.load(adapter/"README.md"), card_facts(run, adapter)
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())])
-    usage = USAGE if ours else USAGE.replace("import d2mora  # registers the method\n", "")
+    card.data.base_model = facts["base"]  # where it lay on this machine helps nobody
+    card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:adapter:")]
+    usage = USAGE.format(base="d2mora.tasks.toy_base()" if facts["base"] == "toy" else f'"{facts["base"]}"')
+    if not ours and facts["base"] != "toy": usage = usage.replace("import d2mora  # registers the method\n", "")
     card.text = f"{CARD_NOTE if ours else ''}\n\n# Adapter for {facts['base']}\n\n{usage}\n\n{table}\n\n## Scores\n\n{card_scores(run)}\n".lstrip()
     card.save(adapter/".README.tmp")
     os.replace(adapter/".README.tmp", adapter/"README.md")
 
-# %% ../nbs/09_train.ipynb #34395ef8
+# %% ../nbs/09_train.ipynb #85a457d9
+def name_base(
+    folder: Path,  # an adapter's folder
+    base: str,     # the base's name in the recipe
+) -> None:
+    "Let a saved adapter call its base as the recipe does, not by where it lay on this machine."
+    path = folder/"adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
 def save_adapter(
     trainer: RunTrainer,  # trained
     run: Path,            # the run folder
@@ -876,6 +892,7 @@ def save_adapter(
         shutil.rmtree(aside, ignore_errors=True)
         with writing(run/"adapter", aside):
             model.save_pretrained(str(aside), state_dict=state)
+            name_base(aside, read_recipe(run/"recipe.yaml")["base"])
             write_card(run, aside)
             publish(aside, run/"adapter")
     trainer.accelerator.wait_for_everyone()
