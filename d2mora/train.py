@@ -865,7 +865,7 @@ def write_card(
     card.data.base_model = facts["base"]  # where it lay on this machine helps nobody
     card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:adapter:")]
     usage = USAGE.format(base="d2mora.tasks.toy_base()" if facts["base"] == "toy" else f'"{facts["base"]}"')
-    if not ours and facts["base"] != "toy": usage = usage.replace("import d2mora  # registers the method\n", "")
+    if not ours: usage = usage.replace("import d2mora  # registers the method\n", "import d2mora.tasks\n" if facts["base"] == "toy" else "")
     card.text = f"{CARD_NOTE if ours else ''}\n\n# Adapter for {facts['base']}\n\n{usage}\n\n{table}\n\n## Scores\n\n{card_scores(run)}\n".lstrip()
     card.save(adapter/".README.tmp")
     os.replace(adapter/".README.tmp", adapter/"README.md")

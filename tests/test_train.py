@@ -89,7 +89,7 @@ def test_the_card_of_another_adapter_does_not_ask_for_d2mora(tmp_path):
     (tmp_path / "own.yaml").write_text("base: toy\nadapter: {peft_type: LORA, target_modules: [q_proj]}\ndata: {path: toy, cutoff: 128}")
     run = train(load_recipe(tmp_path / "own.yaml", SMALL), tmp_path / "run")
     card = (run / "adapter" / "README.md").read_text()
-    assert "d2mora" not in card.split("---\n", 2)[2].split("## Scores")[0] and "in routers" not in card
+    assert "registers the method" not in card and "PEFT loads this adapter only where" not in card and "in routers" not in card
 
 
 def test_tokens_are_counted_without_padding_and_reported_elsewhere_too(tmp_path):
