@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'NAMES', 'NOTE', 'wilson_interval', 'average_interval', 'm
            'calibration_error', 'mcnemar', 'holm', 'row_hash', 'read_graded', 'pairs', 'paired', 'disagreements',
            'write_disagreements', 'text_table', 'percent', 'span', 'verdict', 'paired_table', 'summary', 'results',
            'result_table', 'group_of', 'groups', 'mean_std', 'seeds_table', 'comparison', 'paper_rows', 'paper_table',
-           'draw_results', 'write_text', 'loss_table', 'how', 'report']
+           'draw_results', 'loss_table', 'how', 'report']
 
 # %% ../nbs/09b_report.ipynb #32082315
 import json
@@ -23,7 +23,7 @@ from statistics import mean, stdev
 
 from .data import read_task
 from .tasks import TASKS, row_answers
-from .train import load_recipe, validation_losses
+from .train import load_recipe, validation_losses, write_text
 
 # %% ../nbs/09b_report.ipynb #619840d5
 def wilson_interval(
@@ -319,13 +319,6 @@ def draw_results(
     return figure
 
 # %% ../nbs/09b_report.ipynb #2d02ee12
-def write_text(path: Path, text: str) -> None:
-    "Write a file so that it is complete or as before."
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)
-
-
 def loss_table(
     run: Path,  # a run folder
 ) -> str:

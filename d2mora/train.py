@@ -12,8 +12,8 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'RUN_FILES', 'LOCK', 'USAGE', '
            'mean_loss', 'with_mean', 'FairTrainer', 'Abandoned', 'any_process', 'Stopper', 'listening', 'validated',
            'validation_due', 'StoppableTrainer', 'batch_rows', 'row_names', 'check_finite', 'scaler_copes',
            'RunTrainer', 'check_device', 'training_arguments', 'adapted_base', 'global_batch', 'make_trainer',
-           'count_saved', 'card_facts', 'card_scores', 'write_card', 'name_base', 'save_adapter', 'write_recipe',
-           'begin_from', 'fit', 'at_last', 'train']
+           'count_saved', 'card_facts', 'card_scores', 'write_card', 'name_base', 'save_adapter', 'write_text',
+           'write_recipe', 'begin_from', 'fit', 'at_last', 'train']
 
 # %% ../nbs/09_train.ipynb #6c0f6dd5
 import copy
@@ -898,14 +898,19 @@ def save_adapter(
     trainer.accelerator.wait_for_everyone()
 
 
+def write_text(path: Path, text: str) -> None:
+    "Write a file so that it is complete or as before."
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.rename(path)
+
+
 def write_recipe(
     recipe: Recipe,  # resolved
     path: Path,      # the file
 ) -> None:
     "Write a recipe that `load_recipe` reads back."
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    aside.rename(path)
+    write_text(path, yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True))
 
 # %% ../nbs/09_train.ipynb #c98bbc45
 def begin_from(

@@ -9,7 +9,7 @@ import torch
 SHARED = Path(os.environ.get("D2MORA_SHARED", Path(__file__).parents[2] / "shared"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared():
     "The folder with real data, the golden recordings and stories260K; tests that need it skip where it is missing."
     if not (SHARED / "golden").is_dir():

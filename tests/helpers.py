@@ -46,6 +46,15 @@ def adapted(base=None, pairing="many-to-many", **fields):
     return model
 
 
+def adapted_stories(shared, **fields):
+    "stories260K with a filled adapter, its tokenizer, and the folder of real rows."
+    from d2mora.train import load_base
+
+    base, tokenizer = load_base(str(shared / "models/stories260K"))
+    torch.manual_seed(0)
+    return fill(peft.get_peft_model(base, our_config(**fields)), std=0.05), tokenizer, str(shared / "data")
+
+
 def tokens(rows=2, length=12, seed=3):
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 

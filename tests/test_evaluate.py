@@ -13,19 +13,13 @@ from d2mora.evaluate import (ANSWER_PREFIX, NEW_TOKENS, PROTOCOLS, RoomLayer, as
                              prompt_pairs, question_and_texts, ready, write, write_tokens)
 from d2mora.report import mean_chance, summary, wilson_interval
 from d2mora.tasks import TASKS, evaluation_prompt, parse_answer, row_answers
-from d2mora.train import load_base, load_recipe, train
-from helpers import fill, our_config
+from d2mora.train import load_recipe, train
+from helpers import adapted_stories
 
 
 @pytest.fixture(scope="module")
-def stories():
-    from conftest import SHARED
-
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}: set D2MORA_SHARED")
-    model, tokenizer = load_base(str(SHARED / "models/stories260K"))
-    torch.manual_seed(0)
-    return fill(peft.get_peft_model(model, our_config(lora_dropout=0.5)), std=0.05), tokenizer, str(SHARED / "data")
+def stories(shared):
+    return adapted_stories(shared, lora_dropout=0.5)
 
 
 def rows_of(stories, task, n=12, start=0):
@@ -173,14 +167,11 @@ def test_stopping_when_decided_changes_no_prediction(stories):
     assert [parse_answer(text, "boolq") for text in write(model, tokenizer, prompts, "boolq")] == whole
 
 
-def test_the_seam_is_tokenized_as_one_text():
-    from conftest import SHARED
+def test_the_seam_is_tokenized_as_one_text(shared):
     from helpers import tiny_llama
     from transformers import AutoTokenizer
 
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}: set D2MORA_SHARED")
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers/mistral-v1")
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/mistral-v1")
     model, prompt = tiny_llama(vocab_size=32_000), evaluation_prompt({"instruction": "is it?", "input": ""}, "official")
     pairs = [(prompt, f"{ANSWER_PREFIX} {word}") for word in ("true", "false")]
     score = option_scores(model, [ready(tokenizer, pairs, None)])[0].tolist()

@@ -6,27 +6,19 @@ import pytest
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install d2mora[eval]")
 
-import peft
-import torch
 
 from d2mora.evaluate import PROTOCOLS, grade_rows, lm_eval_tasks
 from d2mora.data import read_task
 from d2mora.tasks import TASKS
-from d2mora.train import load_base
-from helpers import fill, our_config
+from helpers import adapted_stories
 
 ROWS = 24
 
 
 @pytest.fixture(scope="module")
-def model():
-    from conftest import SHARED
-
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}: set D2MORA_SHARED")
-    base, tokenizer = load_base(str(SHARED / "models/stories260K"))
-    torch.manual_seed(0)
-    return fill(peft.get_peft_model(base, our_config(lora_dropout=0.5)), std=0.05).eval(), tokenizer, str(SHARED / "data")
+def model(shared):
+    model, tokenizer, rows = adapted_stories(shared, lora_dropout=0.5)
+    return model.eval(), tokenizer, rows
 
 
 @pytest.fixture(scope="module")

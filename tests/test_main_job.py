@@ -23,20 +23,16 @@ def d2mora(*args):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, shared):
     "The first 160 train rows and 16 test rows of each task, as files."
-    from conftest import SHARED
-
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}: set D2MORA_SHARED")
     folder = tmp_path_factory.mktemp("data")
     for task in TASKS:
         (folder / task).mkdir()
         for split, n in (("train", 160), ("test", 16)):
             if (task, split) != ("hellaswag", "train"):
-                rows = read_task(str(SHARED / "data"), task, split).remove_columns("task").to_list()
+                rows = read_task(str(shared / "data"), task, split).remove_columns("task").to_list()
                 (folder / task / f"{split}.json").write_text(json.dumps(rows[-n:] if task == "hellaswag" else rows[:n]))
-    return folder, SHARED / "models/stories260K"
+    return folder, shared / "models/stories260K"
 
 
 def trained(data, output, *more):
