@@ -13,7 +13,7 @@ from statistics import mean
 import transformers
 
 from d2mora.compare import run
-from d2mora.train import load_recipe
+from d2mora.recipe import load_recipe
 
 def graded(folder: Path, seed: int) -> dict:
     "Accuracy, chance and interval by task of one demo, trained now if it is not there."

@@ -25,7 +25,7 @@ from d2mora.data import read_task
 from d2mora.evaluate import NEW_TOKENS, difference, evaluate, grade_rows, load_target, prompt_pairs, ready
 from d2mora.report import write_text
 from d2mora.tasks import TASKS, evaluation_prompt, parse_answer
-from d2mora.train import max_positions
+from d2mora.recipe import max_positions
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("D2MORA_SHARED", ROOT.parent / "shared"))

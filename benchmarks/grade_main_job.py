@@ -18,7 +18,8 @@ import transformers
 
 from d2mora.evaluate import PROTOCOLS, evaluate
 from d2mora.report import paired, read_graded, write_text
-from d2mora.train import load_recipe, train
+from d2mora.recipe import load_recipe
+from d2mora.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("D2MORA_SHARED", ROOT.parent / "shared"))

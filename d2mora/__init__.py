@@ -18,7 +18,7 @@ __all__ = [
 def __getattr__(name):
     "Import the trainer, which needs datasets, only where it is asked for."
     if name == "D2MoraTrainer":
-        from d2mora.train import D2MoraTrainer
+        from d2mora.trainer import D2MoraTrainer
 
         return D2MoraTrainer
     raise AttributeError(f"module 'd2mora' has no attribute '{name}'")

@@ -69,7 +69,9 @@ def train(recipe, overrides, output, resume, dry_run, tokenizer, gpus):
     if not output: raise click.UsageError("--output is missing: name the run folder to make, or add --dry-run")
     from d2mora.diagnose import draw
     from d2mora.evaluate import loss_table, report, write_text
-    from d2mora.train import load_recipe, main_process, train, validation_losses
+    from d2mora.recipe import load_recipe
+    from d2mora.runs import main_process, validation_losses
+    from d2mora.train import train
 
     run = train(load_recipe(recipe, overrides), output, resume=resume)
     if not main_process(): return
@@ -82,7 +84,7 @@ def train(recipe, overrides, output, resume, dry_run, tokenizer, gpus):
 def print_plan(recipe, overrides, output, resume, tokenizer, gpus):
     "Print what a run would take."
     from d2mora.plan import dry_run
-    from d2mora.train import load_recipe
+    from d2mora.recipe import load_recipe
 
     if output or resume: raise click.UsageError("--dry-run writes nothing: leave --output and --resume out")
     click.echo(dry_run(load_recipe(recipe, overrides), tokenizer, **({"gpus": gpus} if gpus else {})))
@@ -167,7 +169,7 @@ def demo(overrides, output):
       d2mora demo --output runs/demo
     """
     from d2mora.compare import run
-    from d2mora.train import load_recipe
+    from d2mora.recipe import load_recipe
 
     folder = output or free_folder()  # the first of runs/demo, runs/demo-2, … that is free
     click.echo(run(load_recipe("demo", overrides), folder))

@@ -13,7 +13,8 @@ from pathlib import Path
 from .data import data_path
 from .diagnose import draw
 from .evaluate import evaluate, percent, report, text_table, write_text
-from .train import Recipe, train
+from .recipe import Recipe
+from .train import train
 
 # %% ../nbs/12_compare.ipynb #7e7ddd7e
 def before_after_table(

@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from .data import data_path, read_rows
 from .evaluate import load_target
 from .tasks import training_prompt
-from .train import load_recipe, max_positions, read_metrics
+from .recipe import load_recipe, max_positions
+from .runs import read_metrics
 from .tuner import record_routing
 
 # %% ../nbs/11_diagnose.ipynb #3d929441

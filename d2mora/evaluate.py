@@ -39,7 +39,8 @@ from transformers.cache_utils import DynamicLayer
 from .data import DataConfig, collator_for, data_path, find_file, read_task, shorten_prompt
 from .report import NOTE, draw_results, loss_table, mean_chance, paper_table, percent, report, result_table, results, row_hash, summary, text_table, wilson_interval, write_text
 from .tasks import ANSWER_PREFIX, PROMPT_STYLES, TASKS, TOY_WORLDS, evaluating, evaluation_prompt, nearest, parse_answer, row_answers
-from .train import load_base, load_recipe, max_positions, write_card
+from .cards import write_card
+from .recipe import load_base, load_recipe, max_positions
 from .tuner import record_routing
 
 # %% ../nbs/10_evaluate.ipynb #0393a635

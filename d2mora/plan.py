@@ -32,7 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .data import DataConfig, Prepared, check_tokenizer, column, computed_tokens, counts_table, data_path, epoch_batches, prepare, read_rows
 from .tasks import nearest
-from .train import Recipe, adapter_config, base_folder, read_metrics, train
+from .recipe import Recipe, adapter_config, base_folder
+from .runs import read_metrics
+from .train import train
 
 # %% ../nbs/13_full.ipynb #f7e46224
 def base_shape(

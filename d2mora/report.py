@@ -23,7 +23,8 @@ from statistics import mean, stdev
 
 from .data import read_task
 from .tasks import TASKS, row_answers
-from .train import load_recipe, validation_losses, write_text
+from .recipe import load_recipe
+from .runs import validation_losses, write_text
 
 # %% ../nbs/09b_report.ipynb #619840d5
 def wilson_interval(

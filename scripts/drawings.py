@@ -293,9 +293,9 @@ def data():
     yield f'<line x1="532" x2="532" y1="288" y2="378" stroke="{INK}" stroke-dasharray="4 3"/>' + text(532, 278, "cutoff", 11)
 
 
-@drawing("09_train", "One training step", "A batch goes through the frozen model with its adapters; the loss on the graded tokens is backpropagated into the adapters only; "
+@drawing("08b_trainer", "One training step", "A batch goes through the frozen model with its adapters; the loss on the graded tokens is backpropagated into the adapters only; "
          "after all micro-batches the gradients are clipped, the orthogonality gradient is added, the optimizer and the schedule step.", 860, 250)
-def train():
+def step():
     yield box(80, 95, 110, 54, "micro-batch", "plain", 14) + arrow((135, 95), (172, 95))
     yield box(275, 95, 200, 84, "", "frozen") + text(275, 72, "frozen model", 14) + matrix(235, 108, 40, 36, 16, "A", "A", 13) + matrix(280, 108, 40, 16, 36, "B", "B", 13) + box(334, 108, 56, 30, "routers", "router", 11)
     yield arrow((375, 95), (412, 95)) + box(490, 95, 150, 54, "language-model loss\non graded tokens", "plain", 12) + arrow((565, 95), (602, 95))
@@ -305,6 +305,75 @@ def train():
     yield box(600, 200, 100, 48, "clip", "plain", 14) + arrow((550, 200), (512, 200), kind="loss") + box(435, 200, 150, 48, "+ λ ∇ loss_{orth}", "loss", 14)
     yield arrow((360, 200), (322, 200)) + box(245, 200, 150, 48, "AdamW step", "router", 14) + arrow((170, 200), (142, 200)) + box(85, 200, 112, 48, "learning rate\nof the schedule", "plain", 12)
     yield arrow((80, 176), (80, 124), dash=True) + text(92, 150, "next step", 12, anchor="start")
+
+
+@drawing("08c_recipe", "From words to a model", "A recipe has four parts; each key and value is checked by the type that its library declares; the checked recipe becomes a base with a fresh adapter; "
+         "a wrong word is answered in one line before anything is loaded.", 860, 300)
+def recipe():
+    yield panel(15, 15, 200, 270, "recipe (YAML)")
+    parts = (("base", "toy, a folder,\na hub name", "frozen"), ("adapter", "any PEFT\nconfiguration", "A"), ("data", "DataConfig\n(notebook 08)", "B"), ("training", "Training-\nArguments", "router"))
+    for i, (name, owner, kind) in enumerate(parts):
+        y = 75 + i*60
+        yield box(115, y, 160, 40, f"{name}:", kind, 14, mono=True) + arrow((198, y), (238, y)) + box(300, y, 116, 48, owner, kind, 12)
+        yield arrow((362, y), (398, 150 + (y - 165)*.35))
+    yield box(470, 150, 136, 90, "every key known?\nevery value\nof its type?", "plain", 13) + text(470, 90, "load_recipe", 13, mono=True)
+    yield arrow((540, 150), (578, 150)) + box(628, 150, 92, 52, "Recipe", "plain", 14, bold=True) + arrow((676, 150), (714, 150))
+    yield box(778, 150, 118, 70, "base with a\nfresh adapter", "A", 13) + text(765, 100, "adapted_base", 13, mono=True)
+    yield arrow((470, 197), (470, 238), kind="loss") + box(580, 262, 380, 40, "learning_rat: did you mean learning_rate?", "loss", 13, mono=True)
+
+
+@drawing("08d_runs", "A run folder", "Training writes the resolved recipe, the metrics line by line, checkpoints and at the end the adapter with its card; grading and drawing add their files later; "
+         "a lock keeps a second process out.", 860, 300)
+def runs():
+    yield panel(330, 15, 300, 270, "run folder") + box(470, 268, 220, 24, "locked by one process", "loss", 12, dash=True)
+    files = (("recipe.yaml", "plain"), ("metrics.jsonl", "loss"), ("checkpoints/", "router"), ("adapter/", "A"), ("evaluation-*.json", "frozen"), ("plots/  report.md", "frozen"))
+    for i, (name, kind) in enumerate(files): yield box(480, 58 + i*35, 220, 28, name, kind, 13, mono=True)
+    yield box(110, 110, 150, 190, "", "plain") + text(110, 32, "train", 14, bold=True)
+    for y, label in ((58, "first"), (93, "each log line"), (128, "every few steps"), (163, "at the end")):
+        yield text(110, y, label, 13) + arrow((188, y), (364, y))
+    yield box(755, 215, 150, 64, "evaluate, report,\nlater", "frozen", 13) + arrow((678, 198), (594, 198)) + arrow((678, 233), (594, 233))
+    yield box(110, 268, 150, 34, "a second process", "plain", 13, dash=True) + arrow((188, 268), (340, 268), kind="loss", dash=True) + text(262, 252, "refused", 12, "loss")
+
+
+@drawing("08e_resume", "Killed and resumed", "Steps follow each other; a checkpoint is written aside and renamed when it is whole; a kill before the next rename leaves the last whole one, "
+         "and the run goes on from there through the same steps.", 860, 290)
+def resume():
+    x = lambda step: 70 + step*46
+    yield text(20, 28, "killed at step 10", 14, anchor="start", bold=True)
+    for step in range(1, 11): yield box(x(step), 70, 34, 30, str(step), "loss" if step == 10 else "plain", 13)
+    yield text(x(11) - 8, 70, "killed", 14, "loss", anchor="start", bold=True)
+    for step in (4, 8):
+        yield arrow((x(step), 88), (x(step), 112)) + box(x(step), 130, 130, 32, f"checkpoint-{step}", "router", 13, mono=True)
+    yield box(x(12) + 60, 130, 110, 32, ".writing", "plain", 13, dash=True, mono=True) + text(x(12) + 122, 130, "not whole:\nnever renamed", 12, "plain", "start")
+    yield text(20, 194, "resumed", 14, anchor="start", bold=True) + arrow((x(8), 148), (x(8), 222), (x(9) - 22, 222), kind="router", width=2.2)
+    for step in range(9, 17): yield box(x(step), 222, 34, 30, str(step), "A", 13)
+    yield text(x(8) - 12, 200, "weights, optimizer, schedule,\nrandom states, log", 12, "router", anchor="end")
+    yield text(x(12) + 20, 264, "the same steps with the same rows and masks: the same adapter to the last bit", 12, "A")
+
+
+@drawing("08f_cards", "Where a card's lines come from", "The recipe says base, method, data and training; the adapter's file says how many parameters; the metrics say length and held-out loss; grades say the scores.", 860, 280)
+def cards():
+    yield panel(15, 15, 260, 250, "run folder") + panel(470, 15, 375, 250, "README.md of the adapter")
+    rows = (("recipe.yaml", "base, method, data, training", "plain"), ("adapter/", "parameters, those of the routers", "A"),
+            ("metrics.jsonl", "steps, tokens, held-out loss", "loss"), ("evaluation-*.json", "scores by protocol and task", "frozen"))
+    yield box(657, 62, 335, 32, "import d2mora  # registers the method", "router", 13, mono=True)
+    for i, (name, says, kind) in enumerate(rows):
+        y = 106 + i*44
+        yield box(145, y, 220, 32, name, kind, 13, mono=True) + arrow((258, y), (482, y)) + box(657, y, 335, 32, says, kind, 13)
+    yield text(370, 62, "write_card", 13, mono=True) + text(370, 82, "reads, never asks", 12, "plain")
+
+
+@drawing("09_train", "The order of a run", "A run folder is locked; arguments, rows, base, layers and device are checked before anything is written; then the recipe is written, "
+         "training goes from step 0 or from the newest checkpoint, and at the end the adapter and its card are saved.", 860, 270)
+def train():
+    steps = (("check and lock\nthe folder", "plain"), ("arguments, rows,\nbase, layers,\ndevice", "plain"), ("write\nrecipe.yaml", "frozen"), ("steps and\ncheckpoints", "A"), ("adapter\nand card", "router"))
+    for i, (label, kind) in enumerate(steps):
+        x = 95 + i*168
+        yield box(x, 110, 132, 70, label, kind, 13) + (arrow((x + 68, 110), (x + 100, 110)) if i < 4 else "")
+    yield panel(15, 15, 330, 36, "nothing is written yet") + panel(365, 15, 480, 36, "written whole or not at all")
+    yield arrow((263, 148), (263, 205), kind="loss") + box(190, 228, 320, 40, "what is wrong: one line, no folder left", "loss", 13)
+    yield arrow((575, 148), (575, 162), (500, 162), (500, 192), kind="loss") + box(470, 222, 150, 48, "not finite: stop,\nname the rows", "loss", 12)
+    yield arrow((622, 148), (622, 162), (690, 162), (690, 192), kind="router") + box(690, 222, 220, 48, "killed or SIGTERM: go on\nfrom the newest checkpoint", "router", 12)
 
 
 @drawing("10_evaluate", "Two ways to grade", "Choice: the log-likelihood of each answer word after the prompt is summed and the largest wins; content does so with each option's own text. "
@@ -384,6 +453,22 @@ def full():
         yield arrow((148, 160), (208, y)) + box(290, y, 160, 44, what, kind, 13) + arrow((372, y), (408, y)) + box(480, y, 140, 48, how, "plain", 12) + arrow((552, y), (588, y)) + text(655, y, found, 12)
         if i < 3: yield arrow((715, y), (752, 124))
     yield box(800, 124, 92, 76, "memory,\nhours,\nfits?", "loss", 14, bold=True)
+
+
+@drawing("favicon", "d2mora", "The sign of d2mora: a blue trapezoid that projects down beside a red one that projects up.", 64, 64)
+def favicon():
+    yield f'<polygon points="6,8 29,20 29,44 6,56" fill="{STROKE["A"]}"/><polygon points="35,20 58,8 58,56 35,44" fill="{STROKE["B"]}"/>'
+
+
+@drawing("card", "d2mora: mixtures of LoRA experts that pair freely", "The card that is shown where the site is linked: three A's that project down and three B's that project up, every A joined to every B, beside the name.", 1200, 630)
+def card():
+    rows = (165, 315, 465)
+    for a in rows:
+        for b in rows: yield arrow((780, a), (930, b), kind="router", head=False, width=3)
+    for i, y in enumerate(rows): yield matrix(720, y, 120, 120, 52, f"A_{i+1}", "A", 30) + matrix(990, y, 120, 52, 120, f"B_{i+1}", "B", 30)
+    yield text(80, 235, "d2mora", 92, anchor="start", bold=True)
+    yield text(80, 365, "Mixtures of LoRA experts\nthat pair freely", 38, anchor="start")
+    yield text(80, 480, "a PEFT method to install,\nand the book that it is made of", 27, "plain", anchor="start")
 
 
 def main():

@@ -48,7 +48,7 @@ def adapted(base=None, pairing="many-to-many", **fields):
 
 def adapted_stories(shared, **fields):
     "stories260K with a filled adapter, its tokenizer, and the folder of real rows."
-    from d2mora.train import load_base
+    from d2mora.recipe import load_base
 
     base, tokenizer = load_base(str(shared / "models/stories260K"))
     torch.manual_seed(0)

@@ -21,8 +21,9 @@ import peft
 import torch
 import transformers
 
-import d2mora.train as library
+from d2mora.recipe import load_base, load_recipe
 from d2mora.tasks import toy_rows
+from d2mora.train import train
 
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
@@ -102,7 +103,7 @@ def start(run, data, resume, point=None, begin=0):
         os.dup2(log, 1), os.dup2(log, 2)
         if point:
             arm(point, begin)
-        library.train(library.load_recipe("demo", KEYS | {"data.path": str(data)}), run, [Reporter(theirs)], resume)
+        train(load_recipe("demo", KEYS | {"data.path": str(data)}), run, [Reporter(theirs)], resume)
         status = 0
     finally:
         os._exit(status)
@@ -141,7 +142,7 @@ def main(folder):
     for task in ("boolq", "piqa"):
         (folder / "data" / task).mkdir(parents=True)
         (folder / "data" / task / "train.json").write_text(json.dumps(toy_rows("toy", task, "train")[:17]))
-    library.load_base("toy")  # fills caches of the libraries that every fork inherits
+    load_base("toy")  # fills caches of the libraries that every fork inherits
     gc.freeze()
     pid, _ = start(folder / "whole", folder / "data", resume=False)
     assert os.waitpid(pid, 0)[1] == 0, (folder / "whole.log").read_text()

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "tasks", "lora", "shared_a", "many_to_many", "routers", "orthogonality", "lean", "tuner", "data", "train", "report", "evaluate",
-    "diagnose", "compare", "plan", "deploy", "cli",
+    "tasks", "lora", "shared_a", "many_to_many", "routers", "orthogonality", "lean", "tuner", "data", "trainer", "recipe", "runs", "resume",
+    "cards", "train", "report", "evaluate", "pictures", "likeness", "diagnose", "compare", "plan", "deploy", "cli",
 ]  # fmt: skip
 MODULES = sorted(p.stem for p in (ROOT / "d2mora").glob("*.py") if not p.stem.startswith("_"))
 

@@ -10,7 +10,8 @@ import pytest
 
 from d2mora.cli import main
 from d2mora.tasks import toy_base, toy_rows
-from d2mora.train import load_recipe, train
+from d2mora.recipe import load_recipe
+from d2mora.train import train
 
 BAD_TRAINING = {  # overrides of the recipe `demo` -> what the message must name
     "adapter.r=0": "r=0",

@@ -415,7 +415,9 @@ def test_an_error_of_one_of_several_processes_is_still_a_users_mistake(shared):
 def test_a_run_learns_from_each_sampling_and_packed_as_from_padded(sampling, tmp_path):
     from safetensors.torch import load_file
 
-    from d2mora.train import load_recipe, read_metrics, train
+    from d2mora.recipe import load_recipe
+    from d2mora.runs import read_metrics
+    from d2mora.train import train
 
     def run(name):
         keys = {"data.sampling": name, "data.tasks": ["boolq", "piqa"], "training.max_steps": 4, "training.per_device_train_batch_size": 4}

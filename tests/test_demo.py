@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from d2mora.compare import run
-from d2mora.train import load_recipe
+from d2mora.recipe import load_recipe
 
 SHORT = {"training.max_steps": 12, "training.disable_tqdm": True, "data.tasks": ["boolq", "piqa"]}
 

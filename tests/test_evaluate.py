@@ -13,7 +13,8 @@ from d2mora.evaluate import (ANSWER_PREFIX, NEW_TOKENS, PROTOCOLS, RoomLayer, as
                              prompt_pairs, question_and_texts, ready, write, write_tokens)
 from d2mora.report import mean_chance, summary, wilson_interval
 from d2mora.tasks import TASKS, evaluation_prompt, parse_answer, row_answers
-from d2mora.train import load_recipe, train
+from d2mora.recipe import load_recipe
+from d2mora.train import train
 from helpers import adapted_stories
 
 

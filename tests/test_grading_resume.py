@@ -18,7 +18,8 @@ from d2mora.cli import main
 from d2mora.evaluate import evaluate
 from d2mora.report import comparison, read_graded, write_disagreements
 from d2mora.tasks import toy_base, toy_rows
-from d2mora.train import load_recipe, train
+from d2mora.recipe import load_recipe
+from d2mora.train import train
 
 TASKS = "boolq,ARC-Easy,winogrande"
 
@@ -145,7 +146,7 @@ def base_without(tmp, *tokens):
 
 def test_a_base_without_pad_token_is_graded_all_the_same(tmp_path):
     base = base_without(tmp_path, "pad_token")
-    from d2mora.train import load_base
+    from d2mora.recipe import load_base
 
     assert load_base(base)[1].pad_token_id is None
     for protocol in ("choice", "generate", "official"):
@@ -205,7 +206,7 @@ def test_several_folders_are_compared(run, tmp_path, capsys):
 def test_a_whole_model_a_plain_lora_and_a_base_by_name(tmp_path):
     import peft
 
-    from d2mora.train import load_base
+    from d2mora.recipe import load_base
 
     args = dict(data="toy", tasks=["boolq"], limit=12, progress=False)
     model, tokenizer = load_base("toy")

@@ -9,7 +9,8 @@ import pytest
 
 from d2mora.data import read_task
 from d2mora.tasks import TASKS
-from d2mora.train import load_recipe, validation_losses
+from d2mora.recipe import load_recipe
+from d2mora.runs import validation_losses
 
 TRAINED = [task for task in TASKS if task != "hellaswag"]
 

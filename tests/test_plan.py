@@ -14,7 +14,7 @@ import peft
 from d2mora.cli import main
 from d2mora.data import DataConfig, prepare, read_rows
 from d2mora.plan import GPUS, base_shape, bare_model, count_parts, dry_run, find_gpu, fits, micro_batch, plan, plan_step, small_shape, step_bytes, step_flops
-from d2mora.train import Recipe, adapter_config, load_recipe
+from d2mora.recipe import Recipe, adapter_config, load_recipe
 from helpers import QKV
 
 SHAPES = {

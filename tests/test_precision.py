@@ -8,7 +8,9 @@ from helpers import fill
 from transformers import TrainerCallback
 
 from d2mora.tasks import toy_rows
-from d2mora.train import load_recipe, read_metrics, train
+from d2mora.recipe import load_recipe
+from d2mora.runs import read_metrics
+from d2mora.train import train
 
 SMALL = {
     "adapter.target_modules": ["q_proj", "k_proj", "v_proj"], "adapter.lora_dropout": 0.0, "data.tasks": ["boolq"], "data.train_on_inputs": True,

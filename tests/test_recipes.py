@@ -8,7 +8,7 @@ import pytest
 
 from d2mora.data import DataConfig
 from d2mora.plan import bare_model, base_shape
-from d2mora.train import load_recipe, recipe_names
+from d2mora.recipe import load_recipe, recipe_names
 
 PUBLISHED = {  # name: base, M, N, r
     "llama-7b-m3n8r8": ("huggyllama/llama-7b", 3, 8, 8),

@@ -18,7 +18,10 @@ from transformers import TrainerCallback
 
 from d2mora.cli import main
 from d2mora.tasks import toy_rows
-from d2mora.train import LOCK, checkpoints, load_recipe, locked, read_metrics, train
+from d2mora.recipe import load_recipe
+from d2mora.resume import checkpoints
+from d2mora.runs import LOCK, locked, read_metrics
+from d2mora.train import train
 
 SMALL = {
     "adapter.target_modules": ["q_proj"], "adapter.lora_dropout": 0.1, "data.tasks": ["boolq", "piqa"], "data.validation_rows": 8,

@@ -10,7 +10,10 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from d2mora.data import prepare, read_rows
 from d2mora.tasks import toy_base
-from d2mora.train import load_recipe, read_metrics, read_recipe, recipe_names, train, validation_losses, write_card
+from d2mora.cards import write_card
+from d2mora.recipe import load_recipe, read_recipe, recipe_names
+from d2mora.runs import read_metrics, validation_losses
+from d2mora.train import train
 
 SMALL = {"data.tasks": ["boolq"], "data.validation_rows": 16, "training.max_steps": 6, "training.per_device_train_batch_size": 4,
          "training.logging_steps": 1, "training.save_strategy": "steps", "training.save_steps": 2, "training.use_cpu": True, "training.disable_tqdm": True}
