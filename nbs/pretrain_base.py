@@ -2,6 +2,7 @@
 
     python nbs/pretrain_base.py                        # d2mora/assets/toy-base, from its seed; run again to resume
     python nbs/pretrain_base.py --output /tmp/other --seed 1 --no-guesses --steps-scale 0.5 --size 16
+    python nbs/pretrain_base.py --measure --figures nbs/results/toy-base.json     # the base that is there, and the rows' hashes
 
 The base is saved only if it passes its gates: it picks from lists, judges claims and takes quizzes (0.97 or more each), and gives the
 values of at least 95 % of all facts in its own wordings, asked for directly or by way of a partner (two hops). What it must not know is how
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from d2mora import tasks as T
 
@@ -226,7 +227,7 @@ def picks(world, rng):
 def guess(world, rng):
     "A toy task in its own format, all facts, with an answer word drawn at random."
     name, task, split = rng.choice(T.TOY_WORLDS), rng.choice(list(T.TASKS)), rng.choice(("train", "test"))
-    row = T._row(T._question(world, name, task, split, rng.randrange(T.TOY_TASKS[task][2]), rng))
+    row = T._row(T._question(world, name, task, split, rng.randrange(T.TOY_TASKS[task][2]), rng, hops=1 + (name == "toy-hard")))
     words = rng.sample(T.row_answers(row, task), len(T.row_answers(row, task)))
     style = "plain" if rng.random() < 0.8 else "official"
     return " ".join(cut(T.evaluation_prompt(row, style) + T.ANSWER_PREFIX)) + f" ^{words[0]}"
@@ -394,15 +395,27 @@ def write_hashes(assets: Path):
     lines += [f"{rows_digest(name)}  rows/{name}" for name in T.TOY_WORLDS]
     (assets / "toy.sha256").write_text("\n".join(lines) + "\n")
 
+def write_figures(path, model, tokenizer, world, figures, seconds=None):
+    "What was measured of a base; the seconds of an earlier making are kept when it is only measured again."
+    made = json.loads(Path(path).read_text()).get("made") if seconds is None and Path(path).is_file() else dict(command=" ".join(["python nbs/pretrain_base.py", *sys.argv[1:]]), seconds=seconds)
+    measured = dict(made=made, parameters=model.num_parameters(), gates=figures, frozen=at_tasks(model, tokenizer, world))
+    Path(path).write_text(json.dumps(measured, indent=1) + "\n")
+
+def measure(args):
+    "Gates and accuracy of a base that is there; the embedded one's hashes are written anew."
+    model, tokenizer, world = LlamaForCausalLM.from_pretrained(args.output), AutoTokenizer.from_pretrained(args.output), T.toy_world()
+    figures = report(model, world, tokenizer.get_vocab())
+    print(json.dumps(figures))
+    if args.figures: write_figures(args.figures, model, tokenizer, world, figures)
+    if Path(args.output).resolve() == (ASSETS / "toy-base").resolve(): write_hashes(ASSETS)
+    return int(any(figures[k] < least for k, least in GATES.items()))
+
 def finish(model, tokenizer, world, ids, args, work, seconds):
     "Save the base if it passes its gates."
     figures = report(model, world, ids)
     failed = [k for k, least in GATES.items() if figures[k] < least]
     print(json.dumps(figures))
-    if args.figures:
-        command = "python nbs/pretrain_base.py " + " ".join(sys.argv[1:])
-        measured = dict(command=command.strip(), parameters=model.num_parameters(), seconds=round(seconds), gates=figures, frozen=at_tasks(model, tokenizer, world))
-        Path(args.figures).write_text(json.dumps(measured, indent=1) + "\n")
+    if args.figures: write_figures(args.figures, model, tokenizer, world, figures, round(seconds))
     if failed:
         print(f"not saved: {', '.join(failed)} below its gate; try another --seed or more --steps-scale", file=sys.stderr)
         return 1
@@ -421,10 +434,12 @@ def arguments(argv=None):
     parser.add_argument("--size", type=int, help="things of each kind (default: the embedded world's)")
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--figures", help="write gates and accuracy in the tasks' format to this JSON file")
+    parser.add_argument("--measure", action="store_true", help="train nothing: measure the base in --output")
     parser.add_argument("--no-guesses", dest="guesses", action="store_false", help="leave out task-like prompts with random answers")
     return parser.parse_args(argv)
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    try: sys.exit(run(arguments()))
+    args = arguments()
+    try: sys.exit(measure(args) if args.measure else run(args))
     except ValueError as error: print(f"pretrain_base: {error}", file=sys.stderr), sys.exit(2)

@@ -42,7 +42,9 @@ def test_the_record_is_complete(world, task):
         assert named and named <= {x for x, _ in q.facts}
         relations = {r for _, r in q.facts} - {"partner"}
         assert len(relations) == 1 and relations <= set(TOY_TASKS[task][1])
-        ends = {facts[x, "partner"] for x in named} if world == "toy-hard" else named
+        two = "partner" in {r for _, r in q.facts}
+        assert two == ("partner" in q.text) and not (two and world == "toy")
+        ends = {facts[x, "partner"] for x in named} if two else named
         assert {x for x, r in q.facts if r in RELATIONS} == ends
 
 
@@ -66,13 +68,25 @@ def test_easy_answers_are_true(task):
 
 
 def test_hard_conventions_conflict_on_shared_facts():
-    "piqa and openbookqa ask about the same things but answer by different conventions."
+    "ARC-Easy and ARC-Challenge ask about the same colors and homes but answer by different conventions."
     world = toy_world()
-    for task, shift in (("openbookqa", 0), ("hellaswag", 1), ("social_i_qa", 0)):
-        for q in toy_questions("toy-hard", task, "test", 40):
-            end, = [x for x, r in q.facts if r != "partner"]
-            right = q.options.index(world.facts[end, TOY_TASKS[task][1][0]])
+
+    def holds(q, option):
+        "Whether an option is true, read from the text: for a thing its value (or its partner's) stands in the question."
+        (relation,), two = {r for _, r in q.facts} - {"partner"}, "partner" in q.text
+        ends = lambda thing: world.facts[world.facts[thing, "partner"] if two else thing, relation]
+        if TOY_TASKS[q.task][0] == "value":
+            return ends(next(x for x in re.findall(r"\w+", q.text) if (x, relation) in world.facts)) == option
+        return ends(option) in re.findall(r"\w+", q.text)
+
+    for task, shift in (("ARC-Easy", 0), ("ARC-Challenge", 1), ("openbookqa", 0), ("piqa", 1), ("social_i_qa", 0)):
+        questions = toy_questions("toy-hard", task, "test")
+        assert 0.15 < sum("partner" in q.text for q in questions) / len(questions) < 0.35
+        for q in questions:
+            right, = [i for i, option in enumerate(q.options) if holds(q, option)]
             assert q.answer == TASKS[task].answers[(right + shift) % len(q.options)]
+    facts = lambda task: set().union(*(q.facts for q in toy_questions("toy-hard", task, "train")))
+    assert len(facts("ARC-Easy") & facts("ARC-Challenge")) > 40
 
 
 @pytest.mark.parametrize("task", TASKS)
