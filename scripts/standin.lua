@@ -65,4 +65,11 @@ local function reference(cite)  -- @fig-name
   if words[id:match("^(%a+)-") or ""] then return pandoc.Link(numbers[id] or ("?" .. id), "#" .. id) end
 end
 
-return {{Div = function(div) return callout(div) or fold(div) or captioned(div) end, Para = equation, Figure = labelled, Table = labelled}, {Cite = reference}}
+local function pictured(image)  -- Quarto's fig-alt
+  if image.attributes["fig-alt"] then
+    image.caption, image.attributes["fig-alt"] = pandoc.Inlines(image.attributes["fig-alt"]), nil
+    return image
+  end
+end
+
+return {{Image = pictured, Div = function(div) return callout(div) or fold(div) or captioned(div) end, Para = equation, Figure = labelled, Table = labelled}, {Cite = reference}}
