@@ -3,7 +3,8 @@
 __version__ = "0.1.0"
 
 from d2mora.orthogonality import attach_orthogonality, orthogonality_loss
-from d2mora.tuner import D2MoraConfig, D2MoraModel, convert_official_checkpoint
+from d2mora.published import convert_official_checkpoint
+from d2mora.tuner import D2MoraConfig, D2MoraModel
 
 __all__ = [
     "D2MoraConfig",

@@ -36,7 +36,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
-from .data import DataConfig, collator_for, data_path, find_file, read_task, shorten_prompt
+from .batches import collator_for, shorten_prompt
+from .data import DataConfig, data_path, find_file, read_task
 from .report import NOTE, draw_results, loss_table, mean_chance, paper_table, percent, report, result_table, results, row_hash, summary, text_table, wilson_interval, write_text
 from .tasks import ANSWER_PREFIX, PROMPT_STYLES, TASKS, TOY_WORLDS, evaluating, evaluation_prompt, nearest, parse_answer, row_answers
 from .cards import write_card

@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'Recipe', 'recipe_names', 'read
            'parse_override', 'override', 'all_keys', 'absolute', 'load_recipe', 'base_folder', 'load_base',
            'max_positions', 'adapted_base']
 
-# %% ../nbs/08c_recipe.ipynb #1caf862b
+# %% ../nbs/08c_recipe.ipynb #0ed0d8a0
 import copy
 import types
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,8 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 import d2mora.tuner  # registers the method with PEFT
-from .data import DataConfig, check_tokenizer, data_path
+from .batches import check_tokenizer
+from .data import DataConfig, data_path
 from .tasks import nearest, toy_base
 
 # %% ../nbs/08c_recipe.ipynb #84c7b6a3

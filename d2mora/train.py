@@ -6,7 +6,7 @@
 __all__ = ['batch_rows', 'row_names', 'check_finite', 'scaler_copes', 'RunTrainer', 'check_device', 'training_arguments',
            'global_batch', 'make_trainer', 'save_adapter', 'begin_from', 'fit', 'at_last', 'train']
 
-# %% ../nbs/09_train.ipynb #c3803d9c
+# %% ../nbs/09_train.ipynb #e711da50
 import math
 import os
 import shutil
@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from .batches import check_packing, collator_for, counts_table, logits_where_graded, prepare, sampling_arguments
 from .cards import name_base, write_card
-from .data import check_packing, collator_for, counts_table, data_path, logits_where_graded, prepare, read_rows, sampling_arguments
+from .data import data_path, read_rows
 from .orthogonality import whole
 from .recipe import Recipe, adapted_base, load_recipe, read_recipe
 from .resume import Abandoned, StoppableTrainer, Stopper, last_checkpoint, listening, validated
@@ -33,7 +34,7 @@ from .trainer import mean_loss
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# %% ../nbs/09_train.ipynb #642d8346
+# %% ../nbs/09_train.ipynb #cd7cb95f
 def batch_rows(
     batch: dict,  # from the collator: (rows, longest), or packed end to end (1, tokens)
 ) -> list[Tensor]:  # the tokens of each row
@@ -45,7 +46,7 @@ def batch_rows(
 
 
 def row_names(
-    dataset: "datasets.Dataset",  # encoded rows: input_ids, task, and the row's number in its file
+    dataset: "Dataset",  # encoded rows: input_ids, task, and the row's number in its file
     batch: dict,                  # from the collator
 ) -> list[str]:                   # such as "boolq 17"
     "Name the rows of a batch by task and number."

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['orthogonality_parts', 'D2MoraTrainer', 'row_losses', 'mean_loss', 'with_mean', 'FairTrainer']
 
-# %% ../nbs/08b_trainer.ipynb #1fb402ae
+# %% ../nbs/08b_trainer.ipynb #b8b139d0
 import torch
 import transformers
 from torch import Tensor
 
-from .data import ByLength, useful_tokens
+from .batches import ByLength, useful_tokens
 from .orthogonality import attach_orthogonality, expert_layers, orthogonality_loss
 
 # %% ../nbs/08b_trainer.ipynb #a856a263

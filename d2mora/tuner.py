@@ -6,7 +6,7 @@
 __all__ = ['PAIRINGS', 'CARD_NOTE', 'MERGE_REFUSED', 'TARGETS', 'router_widths', 'check_number', 'check_choice', 'check_experts',
            'check_config', 'peft_type', 'as_set', 'D2MoraConfig', 'note_import', 'new_experts', 'mixture', 'update',
            'D2MoraLinear', 'features', 'add_experts', 'check_targets', 'warn_if_inert', 'D2MoraModel',
-           'register_d2mora', 'record_routing', 'parse_official_key', 'stack_experts', 'convert_official_checkpoint']
+           'register_d2mora', 'record_routing']
 
 # %% ../nbs/07_tuner.ipynb #eb97b099
 import difflib
@@ -386,55 +386,3 @@ def record_routing(
     finally:
         for handle in handles:
             handle.remove()
-
-# %% ../nbs/07_tuner.ipynb #30803102
-def parse_official_key(
-    key: str,  # such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.2.weight
-) -> tuple[str, str, int] | None:  # (module, "A", "B", "route1" or "route2", expert), None for other keys
-    "Take a published parameter name apart."
-    module, _, rest = key.rpartition(".lora_")
-    kind, _, index = rest.removesuffix(".weight").partition(".")
-    if not rest.endswith(".weight") or kind not in ("A", "B", "route1", "route2"):
-        return None
-    return module, kind, int(index or 0)
-
-
-def stack_experts(
-    module: str,               # name of the layer, for messages
-    parts: dict[tuple, Tensor],  # published tensors by (kind, expert)
-) -> dict[str, Tensor]:        # ours, by attribute
-    "Stack one layer's published tensors: A (M, r, d_in), B (N, r, d_out) transposed, routers as they are."
-    counts = {kind: sum(k == kind for k, _ in parts) for kind in ("A", "B")}
-    needed = [("A", i) for i in range(counts["A"])] + [("B", j) for j in range(counts["B"])] + [("route1", 0), ("route2", 0)]
-    missing = [f"lora_{kind}.{i}" for kind, i in needed if (kind, i) not in parts]
-    if missing or not all(counts.values()):
-        raise ValueError(f"{module}: the checkpoint lacks {', '.join(missing) or 'its experts'}: is the file complete?")
-    return {
-        "d2mora_A": torch.stack([parts["A", i] for i in range(counts["A"])]),
-        "d2mora_B": torch.stack([parts["B", j].T for j in range(counts["B"])]).contiguous(),
-        "d2mora_router_down": parts["route1", 0],
-        "d2mora_router_up": parts["route2", 0],
-    }
-
-# %% ../nbs/07_tuner.ipynb #44ea3148
-def convert_official_checkpoint(
-    state_dict: dict[str, Tensor],  # the published `best_model.pth`, `adapter_model.bin` or `model.safetensors`
-    lora_alpha: float,              # not in the file: 32 in the published script
-    **settings,                     # further fields of `D2MoraConfig`
-) -> tuple[D2MoraConfig, dict[str, Tensor]]:  # for `get_peft_model` and `set_peft_model_state_dict`
-    "Turn the published parameters into a configuration and weights of ours."
-    layers = {}
-    for key, tensor in state_dict.items():
-        if parsed := parse_official_key(key):
-            layers.setdefault(parsed[0], {})[parsed[1:]] = tensor
-    if not layers:
-        raise ValueError("no published D2MoRA parameters (…lora_A.0.weight, …lora_route1.weight) among the keys")
-    weights = {module: stack_experts(module, parts) for module, parts in layers.items()}
-    shapes = {(w["d2mora_A"].shape[:2], w["d2mora_B"].shape[0]) for w in weights.values()}
-    if len(shapes) > 1:
-        raise ValueError(f"the layers differ in M, r or N: {sorted(shapes)}; one configuration cannot hold them")
-    (((M, r), N),) = shapes
-    targets = sorted({module.rpartition(".")[-1] for module in weights})
-    settings = {"target_modules": targets, "task_type": "CAUSAL_LM", **settings}
-    config = D2MoraConfig(r=r, num_down_experts=M, num_up_experts=N, lora_alpha=lora_alpha, **settings)
-    return config, {f"{module}.{name}": t for module, w in weights.items() for name, t in w.items()}

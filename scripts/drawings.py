@@ -273,9 +273,42 @@ def tuner():
     yield text(332, 215, "the config names\nthe layers to wrap", 12) + text(332, 262, "W frozen,\nonly A's, B's and\nrouters are trained", 12, "router")
 
 
-@drawing("08_data", "From text to a batch", "A prompt and its answer become tokens; a mask says which are graded; rows are padded to one length. "
-         "Too long a row is handled in one of three ways.", 860, 390)
+@drawing("07b_published", "From a published checkpoint to ours", "Each published expert is a matrix of its own with a number; the A's are stacked as they are, the B's are transposed and stacked, the two routers keep their numbers; M, N and r follow from the shapes.", 820, 300)
+def published():
+    yield panel(15, 15, 290, 270, "a published checkpoint") + panel(515, 15, 290, 270, "D2MoRA adapter")
+    groups = ((("lora_A.0", "lora_A.1", "lora_A.2"), "d2mora_A\n(M, r, d_in)", "A", 85, "stack"), (("lora_B.0", "…", "lora_B.7"), "d2mora_B\n(N, r, d_out)", "B", 170, "transpose, stack"), (("lora_route1", "lora_route2"), "d2mora_router_down\nd2mora_router_up", "router", 245, "rename"))
+    for names, ours, kind, y, how in groups:
+        step = 92
+        for k, name in enumerate(names):
+            w = 84 if len(names) == 3 else 126
+            yield box(62 + k*step if len(names) == 3 else 86 + k*138, y, w, 42, name, kind, 12, mono=True)
+        yield arrow((312, y), (522, y)) + text(412, y - 14, how, 13) + box(660, y, 230, 50, ours, kind, 13, mono=True)
+    yield text(412, 44, "M, N, r: from the shapes\nlora_alpha: must be given", 11, mono=True)
+
+
+@drawing("08_data", "From files to rows", "Rows come from the toy world, from a folder with one folder a task, or from one mixed file whose rows are told apart by the answers they offer; each row is checked by itself, then all are counted.", 860, 280)
 def data():
+    for i, (label, kind) in enumerate((("toy, toy-hard", "router"), ("<task>/train.json", "frozen"), ("commonsense_170k.json", "frozen"))):
+        y = 65 + i*75
+        yield box(115, y, 190, 44, label, kind, 13, mono=True) + arrow((213, y), (262, 140 + (y - 140)*.4))
+    yield text(115, 258, "one mixed file: the answers\non offer tell the task", 12) + box(350, 140, 160, 110, "each row:\nfour texts?\nan offered answer?\nfound by grading?", "plain", 13)
+    yield arrow((432, 140), (482, 140)) + box(560, 140, 140, 70, "all rows:\nrepeated?\nin the test set?", "plain", 13) + arrow((632, 140), (680, 140)) + box(765, 140, 150, 70, "rows and counts", "B", 14, bold=True)
+    yield arrow((350, 197), (350, 226), kind="loss") + box(455, 248, 370, 38, "train.json: row 1: field 'output' is missing", "loss", 13, mono=True)
+
+
+@drawing("13_footprint", "A step without numbers", "The shape of a base becomes a model on the meta device; two and three layers of it get fake weights, take one step, and bytes and operations are counted; the difference is one layer, and a straight line gives the whole.", 860, 280)
+def footprint():
+    yield box(95, 140, 150, 64, "config.json:\na shape, no weights", "frozen", 13) + arrow((172, 140), (205, 140))
+    for y, n in ((75, 2), (205, 3)):
+        yield arrow((205, 140), (236, y)) + "".join(box(300, y - 22 + k*22, 110, 18, "", "A") for k in range(n)) + text(300, y + 22*n - 14, f"{n} layers, fake weights", 12, "A")
+        yield arrow((362, y), (410, y)) + box(490, y, 150, 48, "forward, backward\nno numbers", "plain", 13) + arrow((567, y), (612, 140 + (y - 140)*.3))
+    yield box(690, 140, 146, 84, "bytes, operations\nof 2, of 3,\nso of 32 layers", "loss", 13, bold=True)
+    yield text(690, 215, "a straight line, checked\nagainst real small models", 12)
+
+
+@drawing("08a_batches", "From text to a batch", "A prompt and its answer become tokens; a mask says which are graded; rows are padded to one length. "
+         "Too long a row is handled in one of three ways.", 860, 390)
+def batches():
     def strip(x, y, kinds, w=20, h=24): return "".join(box(x + i*(w+3), y, w, h, "", k, dash=(k == "plain")) for i, k in enumerate(kinds))
     yield text(25, 40, "text", 13, anchor="start", bold=True) + box(255, 40, 290, 32, "Which is right? answer1 … answer2 …", "frozen", 13, mono=True) + box(535, 40, 245, 32, "the correct answer is answer2", "B", 12, mono=True)
     yield text(690, 40, "prompt + answer", 12, "plain", "start") + arrow((400, 58), (400, 78))
@@ -405,7 +438,7 @@ def diagnose():
     yield panel(545, 175, 300, 140, "alarms") + text(565, 245, "experts that became copies\na router that sends all to one\nexperts that never get weight\na loss that is not a number", 13, "loss", "start") + arrow((525, 245), (543, 245), head=False, dash=True)
 
 
-@drawing("12_compare", "A comparison", "One recipe is run with each method and each seed on the same data; each run is trained and graded; the table has mean and spread, and paired tests compare methods row by row.", 860, 330)
+@drawing("12b_compare", "A comparison", "One recipe is run with each method and each seed on the same data; each run is trained and graded; the table has mean and spread, and paired tests compare methods row by row.", 860, 330)
 def compare():
     yield box(85, 150, 130, 76, "one recipe:\nsame base, data,\nsteps, parameters", "plain", 12)
     methods = (("LoRA", "frozen"), ("one-to-one", "A"), ("one-to-many", "B"), ("D2MoRA", "router"))
@@ -424,7 +457,7 @@ def compare():
     yield text(430, 308, "one seed proves nothing: the spread between seeds is part of the result", 12, "loss")
 
 
-@drawing("08_data_packed", "Padded and packed", "Three rows of a batch, once padded to the longest, once end to end in one sequence; positions start again at 0 with each row, "
+@drawing("08a_packed", "Padded and packed", "Three rows of a batch, once padded to the longest, once end to end in one sequence; positions start again at 0 with each row, "
          "and each token sees only the tokens of its own row before it.", 860, 300)
 def data_packed():
     rows, kinds = (4, 9, 6), ("A", "B", "router")

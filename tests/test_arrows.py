@@ -1,6 +1,7 @@
 """Arrows point back: a module imports only modules of earlier notebooks; the package needs no notebook tools."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = [
-    "tasks", "lora", "shared_a", "many_to_many", "routers", "orthogonality", "lean", "tuner", "data", "trainer", "recipe", "runs", "resume",
-    "cards", "train", "report", "evaluate", "pictures", "likeness", "diagnose", "compare", "plan", "deploy", "cli",
-]  # fmt: skip
+SIDEBAR = re.findall(r"- (\w+)\.ipynb", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+
+
+def module_of(notebook):
+    "The module that a notebook makes, if it makes one."
+    found = re.search(r"#\|\s*default_exp (\w+)", (ROOT / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+    return found and found[1]
+
+
+ORDER = [module for module in map(module_of, SIDEBAR) if module]
 MODULES = sorted(p.stem for p in (ROOT / "d2mora").glob("*.py") if not p.stem.startswith("_"))
 
 

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 import peft
 from d2mora.cli import main
-from d2mora.data import DataConfig, prepare, read_rows
-from d2mora.plan import GPUS, base_shape, bare_model, count_parts, dry_run, find_gpu, fits, micro_batch, plan, plan_step, small_shape, step_bytes, step_flops
+from d2mora.batches import prepare
+from d2mora.data import DataConfig, read_rows
+from d2mora.footprint import base_shape, bare_model, count_parts, micro_batch, plan_step, step_bytes, step_flops
+from d2mora.plan import GPUS, dry_run, find_gpu, fits, plan, small_shape
 from d2mora.recipe import Recipe, adapter_config, load_recipe
 from helpers import QKV
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d2mora.data import DataConfig
-from d2mora.plan import bare_model, base_shape
+from d2mora.footprint import bare_model, base_shape
 from d2mora.recipe import load_recipe, recipe_names
 
 PUBLISHED = {  # name: base, M, N, r

@@ -8,7 +8,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
-from d2mora.data import prepare, read_rows
+from d2mora.batches import prepare
+from d2mora.data import read_rows
 from d2mora.tasks import toy_base
 from d2mora.cards import write_card
 from d2mora.recipe import load_recipe, read_recipe, recipe_names
