@@ -1,9 +1,13 @@
 """The wheel: what is in it, and that it works where nothing of the repository and none of the book's tools can be seen."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -97,3 +101,87 @@ def test_figures_find_their_style(python, tmp_path):
 def test_command_is_installed(python, tmp_path):
     done = subprocess.run([python.parent / "d2mora", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "train" in done.stdout, done.stderr[-500:]
+
+
+def test_narrow_terminal_and_no_colour(tmp_path):
+    "At 60 columns no line of a table or bar wraps, and nothing is coloured; in a pipe the table is whole, and bars stay on stderr."
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    command = [sys.executable, "-m", "d2mora.cli", "evaluate", "--base", "toy", "--data", "toy", "--tasks", "boolq", "--limit", "4"]
+    env = os.environ | {"NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    piped = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    with subprocess.Popen(command, env=env, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        try:
+            while part := os.read(ours, 4096): seen += part
+        except OSError: pass  # the program has closed the terminal
+    assert process.returncode == 0 and piped.returncode == 0, piped.stderr
+    lines = re.split(r"[\r\n]+", seen.decode())
+    tables = [line for line in lines if line.startswith("|")]
+    assert len(tables) >= 3 and max(map(len, tables)) <= 60 and all("%" not in line or len(line) <= 60 for line in lines if "it/s" in line or "row/s" in line)
+    assert "\x1b[3" not in seen.decode() and "\x1b[" not in piped.stdout
+    assert max(len(line) for line in piped.stdout.splitlines() if line.startswith("|")) > 60 and "row/s" not in piped.stdout
+
+
+# ---- what is declared ----
+IMPORT_NAMES = {"yaml": "pyyaml", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
+
+
+def declared(key):
+    "Requirements in pyproject.toml, name -> lower bound."
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    given = project["dependencies"] if key == "dependencies" else project["optional-dependencies"][key]
+    return dict(re.match(r"([\w.-]+)\s*(.*)", line).groups() for line in given)
+
+
+def imported_packages():
+    "What the modules import, our own package and Python's left out."
+    found = set()
+    for path in (ROOT / "d2mora").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found |= {name.partition(".")[0] for name in names}
+    return {IMPORT_NAMES.get(n, n).lower().replace("_", "-") for n in found - {*sys.stdlib_module_names, "d2mora"}}
+
+
+def test_what_is_imported_is_declared_with_a_lower_bound_and_the_reverse():
+    wanted, extra = declared("dependencies"), declared("eval")
+    assert {name.replace("_", "-") for name in wanted} | {*extra} >= imported_packages() >= {name.replace("_", "-") for name in wanted}
+    assert all(re.match(r">=\d", bound) for bound in wanted.values())
+
+
+def test_import_time():
+    code = "import time, torch, peft\nstart = time.perf_counter()\nimport d2mora\nprint(time.perf_counter() - start)"
+    seconds = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    assert seconds < 0.3, f"import d2mora takes {seconds:.2f} s beyond torch and peft"
+
+
+def test_metadata_of_the_wheel(wheel):
+    with zipfile.ZipFile(wheel) as archive: text = archive.read(f"d2mora-{d2mora.__version__}.dist-info/METADATA").decode()
+    assert wheel.stat().st_size < 6e6 and "Requires-Python: >=3.11" in text and "License-Expression: Apache-2.0" in text
+    assert all(f"Programming Language :: Python :: 3.{minor}" in text for minor in (11, 12, 13)) and "Typing :: Typed" in text
+    assert all(f"Project-URL: {name}" in text for name in ("Documentation", "Source", "Changelog", "Issues"))
+
+
+def test_sdist_is_complete(tmp_path):
+    "What an unpacked source distribution needs to build the wheel, run the tests and make the book."
+    done = subprocess.run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive: names = {n.partition("/")[2] for n in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode: pytest.skip("not a git checkout")
+    missing = {n for n in tracked.stdout.splitlines() if (ROOT / n).exists()} - names
+    assert not missing, sorted(missing)[:20]
+    assert not [n for n in names if n.startswith(("_docs", "_proc", "runs", ".venv", "nbs/.ipynb_checkpoints"))]
+
+
+def test_twine_check(wheel):
+    pytest.importorskip("twine")
+    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", wheel], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
