@@ -2,43 +2,52 @@
 SHELL := /bin/bash
 export D2MORA_SHARED := $(abspath $(or $(D2MORA_SHARED),../shared))
 BIN := .venv/bin
+JOBS ?= 2
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test nbmake: export HF_HUB_OFFLINE = 1
-.PHONY: install test roundtrip nbmake lab lab-check notebooks docs readme drawings demo base bench
+.DEFAULT_GOAL := help
+.PHONY: help install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench
+
+help:                                        ## what there is to make
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 install: .venv/installed                     ## .venv with the pinned working set, and d2mora in place
 .venv/installed: constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make install: no Python 3.11 or newer with venv found: install one, or give PYTHON=/path/to/python3" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel -e ".[dev,eval]"
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel -e ".[dev,eval]" || \
+	  { echo "make install: pip could not bring the packages of constraints.txt: is there a network, or a mirror in PIP_INDEX_URL?" >&2; exit 2; }
 	touch $@
 
 test: install roundtrip                      ## the gate: round trip, README, notebooks, pytest
 	$(BIN)/python scripts/readme.py --check
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
 
 roundtrip: install                           ## nbdev_export and nbdev_clean change nothing
 	$(BIN)/python scripts/roundtrip.py
 
 nbmake: install                              ## every notebook in a kernel of its own
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --nbmake --nbmake-timeout=300 nbs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --nbmake --nbmake-timeout=300 nbs
 
 lab: install                                 ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs
 
-lab-check: install                           ## run one notebook in the real JupyterLab: make lab-check NB=01_lora.ipynb
+lab-check: install                           ## every notebook in the real JupyterLab, or one: make lab-check NB=01_lora.ipynb
 	$(BIN)/python scripts/lab_check.py $(NB)
 
-notebooks: install                           ## run every notebook again and store its outputs
-	$(BIN)/python scripts/notebooks.py
+notebooks: install                           ## run every notebook again (or NB=01_lora.ipynb), store its outputs, show what changed
+	$(BIN)/python scripts/notebooks.py $(NB)
 
 docs: install                                ## the book as a site in _docs/, links checked
 	$(BIN)/python scripts/docs.py
 
 readme: install                              ## README.md from nbs/index.ipynb
 	$(BIN)/python scripts/readme.py
+
+dist: install                                ## wheel and sdist in dist/, checked
+	rm -rf dist && $(BIN)/python -m build -q && $(BIN)/python -m twine check --strict dist/*
 
 drawings: install                            ## nbs/images/*.svg
 	$(BIN)/python scripts/drawings.py

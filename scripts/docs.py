@@ -190,14 +190,13 @@ def write_project(proc: Path,    # folder of processed pages
 def process(proc: Path  # folder to fill
             ) -> None:
     "Everything that a renderer needs, in one folder."
-    import nbdev.doclinks, nbdev.quarto
+    import nbdev.quarto
     paths = sorted(NBS.glob("*.ipynb"))
     for path in paths: read_notebook(path)
     os.chdir(ROOT)  # where nbdev finds settings.ini
     shutil.rmtree(proc, ignore_errors=True)
     (proc / "notebooks").mkdir(parents=True)
     nbdev.quarto.refresh_quarto_yml()
-    nbdev.doclinks._build_modidx()
     shutil.copytree(NBS / "images", proc / "images")
     shutil.copy(HERE / "site.scss", proc / "site.scss")
     modules = {path.name: module for path in paths if (module := process_notebook(path, proc))}

@@ -1,8 +1,8 @@
-"""Run notebooks in the real JupyterLab: server, browser, Run All; fails on any error output or cell that did not run.
+"""Run notebooks in the real JupyterLab: server, browser, Run All; fails on an error, a cell that did not run, a picture not drawn, a broken bar, or too long a run.
 
-usage: python scripts/lab_check.py [NAME.ipynb ...] [--pictures FOLDER]     (default 01_lora.ipynb; needs Chromium)
+usage: python scripts/lab_check.py [NAME.ipynb ...] [--seconds 60] [--pictures FOLDER]     (default: every notebook with code; needs Chromium)
 """
-import argparse, json, os, re, shutil, socket, subprocess, sys, tempfile, time
+import argparse, json, os, re, shutil, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def lab_server(folder: Path,  # notebooks
     env = {**os.environ, "HOME": str(home), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "run")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=book", f"--ServerApp.root_dir={folder}"]
     with (home / "log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as server:
-        try: yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=book&reset"
+        try: yield f"http://127.0.0.1:{port}"
         finally: server.terminate()
 
 
@@ -97,45 +97,77 @@ def picture(page,        # with the notebook open
     page.screenshot(path=path)
 
 
-def problems(path: Path  # a notebook that was run and saved
-             ) -> list:  # one line each
-    "Error outputs, and cells that did not run."
+def shut_kernels(server: str  # address
+                 ) -> None:
+    "End the kernels of notebooks that are done: each next one has the machine for itself."
+    headers = {"Authorization": "token book"}
+    with urllib.request.urlopen(urllib.request.Request(f"{server}/api/sessions", headers=headers)) as answer: sessions = json.load(answer)
+    for session in sessions: urllib.request.urlopen(urllib.request.Request(f"{server}/api/sessions/{session['id']}", headers=headers, method="DELETE"))
+
+
+def pictures_in(cell: dict   # a code cell
+                ) -> int:    # how many
+    "Pictures among a cell's outputs."
+    return sum(any(kind.startswith("image/") for kind in o.get("data", {})) for o in cell.outputs)
+
+
+def problems(path: Path,   # a notebook that was run and saved
+             stored: Path  # the same as committed
+             ) -> list:    # one line each
+    "Error outputs, cells that did not run, pictures that were not drawn, bars that the page cannot show."
     cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.strip()]
+    before = {c.id: c for c in nbformat.read(stored, 4).cells if c.cell_type == "code" and not SKIPPED.search(c.source)}
     bad = [f"{path.name}: {o.ename}: {o.evalue}" for c in cells for o in c.outputs if o.output_type == "error"]
-    return bad or [f"{path.name}: did not run: {c.source.splitlines()[0]}" for c in cells if not c.execution_count]
+    bad = bad or [f"{path.name}: did not run: {c.source.splitlines()[0]}" for c in cells if not c.execution_count]
+    bad += [f"{path.name}: picture not drawn: {c.source.splitlines()[0]}" for c in cells if c.id in before and pictures_in(c) < pictures_in(before[c.id])]
+    said = "".join(str(o.get("text", "")) + str(o.get("data", "")) for c in cells for o in c.outputs)
+    return bad + [f"{path.name}: {word} in an output" for word in ("IProgress not found", "Error displaying widget", "widget-view+json") if word in said]
 
 
-def check(name: str,       # notebook
-          pictures: Path   # folder for a picture of the page, or None
-          ) -> list:       # problems
-    "One notebook in a server and a browser of its own."
-    with tempfile.TemporaryDirectory() as tmp, sync_playwright() as p:
-        folder, home = Path(tmp, "nbs"), Path(tmp, "home")
-        copy_notebooks(folder)
-        home.mkdir()
-        chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1300, "height": 1000})
-        with lab_server(folder, home) as address:
-            open_page(page, address.format(name))
-            run_all(page, folder / name, 300)
-            if pictures: picture(page, pictures / f"{Path(name).stem}.png")
-            browser.close()
-        return problems(folder / name)
+def check(name: str,        # notebook
+          page,             # of the browser
+          server: str,      # its address
+          folder: Path,     # the copies that JupyterLab saves
+          seconds: float,   # longest run
+          pictures: Path    # folder for a picture of the page, or None
+          ) -> tuple:       # (problems, seconds of Run All)
+    "One notebook, opened, run and saved."
+    open_page(page, f"{server}/lab/tree/{name}?token=book&reset")
+    start = time.time()
+    run_all(page, folder / name, 10 * seconds)
+    took = time.time() - start
+    if pictures: picture(page, pictures / f"{Path(name).stem}.png")
+    shut_kernels(server)
+    slow = [f"{name}: Run All took {took:.0f} s, not under {seconds:g}"] if took > seconds else []
+    return problems(folder / name, NBS / name) + slow, took
+
+
+def notebooks_with_code() -> list:  # file names
+    "What there is to run."
+    return [p.name for p in sorted(NBS.glob("*.ipynb")) if any(c.cell_type == "code" and c.source.strip() for c in nbformat.read(p, 4).cells)]
 
 
 def main():
     "Check each notebook; exit status 1 with its problems."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=["01_lora.ipynb"])
-    parser.add_argument("--pictures", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("names", nargs="*", metavar="NAME.ipynb")
+    parser.add_argument("--seconds", type=float, default=60, help="longest Run All of a notebook")
+    parser.add_argument("--pictures", type=Path, help="folder for a picture of each page")
+    args, bad = parser.parse_args(), []
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium: sys.exit("lab check: no Chromium found: install it (apt-get install chromium)")
     if args.pictures: args.pictures.mkdir(parents=True, exist_ok=True)
-    bad = []
-    for name in args.names:
-        start, found = time.time(), check(name, args.pictures)
-        bad += found
-        print(f"{name}: {'ok' if not found else 'failed'} in JupyterLab, {time.time() - start:.0f} s", flush=True)
+    with tempfile.TemporaryDirectory() as tmp, sync_playwright() as p:
+        folder, home = Path(tmp, "nbs"), Path(tmp, "home")
+        copy_notebooks(folder)
+        home.mkdir()
+        with lab_server(folder, home) as server, p.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser:
+            for name in args.names or notebooks_with_code():
+                page = browser.new_page(viewport={"width": 1300, "height": 1000})
+                found, took = check(name, page, server, folder, args.seconds, args.pictures)
+                page.close()
+                bad += found
+                print(f"{name}: {'ok' if not found else 'failed'} in JupyterLab, {took:.0f} s", flush=True)
     for line in bad: print(line, file=sys.stderr)
     sys.exit(bool(bad))
 

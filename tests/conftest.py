@@ -9,6 +9,15 @@ import torch
 SHARED = Path(os.environ.get("D2MORA_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+SLOW = ["test_book", "test_package", "test_resume", "test_plan", "test_demo", "test_grading_resume", "test_distributed", "test_evaluate", "test_data", "test_train"]
+
+
+def pytest_collection_modifyitems(items):
+    "Slow files first: with `-n 2 --dist loadfile` no worker begins the longest one last."
+    place = lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW)
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def shared():
     "The folder with real data, the golden recordings and stories260K; tests that need it skip where it is missing."

@@ -2,7 +2,6 @@
 
 import peft
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import d2mora
@@ -32,7 +31,7 @@ def fill(model, seed=1, std=0.3, adapter=""):
         torch.manual_seed(seed)
         for name, p in model.named_parameters():
             if "d2mora_" in name and name.endswith(adapter):
-                nn.init.normal_(p, std=std)
+                p.data.copy_(std * torch.randn(p.shape))  # drawn in float32: other types draw other numbers in some releases
     return model
 
 

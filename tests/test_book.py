@@ -190,6 +190,44 @@ def test_docs_without_quarto_and_pandoc(small_book):
     assert status == 2 and err.count("\n") == 1 and "neither Quarto nor pandoc" in err and "make install" in err
 
 
+def write_notebook(path, *cells):
+    "Code cells, each with its stored text."
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code, outputs=[nbformat.v4.new_output("stream", text=text)] if text else []) for code, text in cells])
+    nbformat.write(nb, path)
+    return path
+
+
+def test_running_again_shows_what_changed(scripts, tmp_path, capsys):
+    path = write_notebook(tmp_path / "a.ipynb", ("print(1 + 1)", "3\n"), ("print('same')", "same\n"), ("#| slow\nprint('kept')", "measured\n"))
+    assert scripts("notebooks").run_and_say(path)
+    out = capsys.readouterr().out
+    assert "a.ipynb" in out and "    -3" in out and "    +2" in out and "same" not in out
+    assert [c.outputs[0].text for c in nbformat.read(path, 4).cells] == ["2\n", "same\n", "measured\n"]
+    assert scripts("notebooks").run_and_say(path) and "nothing changed" in capsys.readouterr().out
+
+
+def test_running_a_failing_notebook_again_leaves_it(scripts, tmp_path, capsys):
+    path = write_notebook(tmp_path / "a.ipynb", ("print(1)", "0\n"), ("raise KeyError('lost')", ""))
+    before = path.read_bytes()
+    assert not scripts("notebooks").run_and_say(path)
+    err = capsys.readouterr().err
+    assert "a.ipynb fails: KeyError: 'lost' (in the cell that begins \"raise KeyError('lost')\")" in err and path.read_bytes() == before
+
+
+def test_lab_check_sees_what_went_wrong_in_the_page(scripts, tmp_path):
+    problems = scripts("lab_check").problems
+    for name in ("stored", "good", "bad"): (tmp_path / name).mkdir()
+    cell, out = nbformat.v4.new_code_cell, nbformat.v4.new_output
+    drawn = out("display_data", data={"image/png": "aGk="})
+    stored, good = [cell("draw()", id="one", outputs=[drawn])], [cell("draw()", id="one", outputs=[drawn], execution_count=1)]
+    bad = [cell("draw()", id="one", execution_count=1), cell("1/0", execution_count=2, outputs=[out("error", ename="ZeroDivisionError", evalue="by zero", traceback=[])]),
+           cell("bar()", execution_count=3, outputs=[out("stream", name="stderr", text="TqdmWarning: IProgress not found")])]
+    for name, cells in (("stored", stored), ("good", good), ("bad", bad)): nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / name / "a.ipynb")
+    assert problems(tmp_path / "good" / "a.ipynb", tmp_path / "stored" / "a.ipynb") == []
+    found = problems(tmp_path / "bad" / "a.ipynb", tmp_path / "stored" / "a.ipynb")
+    assert [line.partition(": ")[2] for line in found] == ["ZeroDivisionError: by zero", "picture not drawn: draw()", "IProgress not found in an output"]
+
+
 QUARTO = """#!/bin/bash
 # stands for Quarto: checks that it is given a whole project, and warns as Quarto does
 test "$1" = render && test -f "$2/_quarto.yml" && test -f "$2/index.ipynb" || exit 7
