@@ -16,7 +16,7 @@ install: .venv/installed                     ## .venv with the pinned working se
 .venv/installed: constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make install: no Python 3.11 or newer with venv found: install one, or give PYTHON=/path/to/python3" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel -e ".[dev,eval]" || \
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel -e ".[dev,eval,serve,trl,quantized]" || \
 	  { echo "make install: pip could not bring the packages of constraints.txt: is there a network, or a mirror in PIP_INDEX_URL?" >&2; exit 2; }
 	touch $@
 
@@ -24,6 +24,9 @@ test: install roundtrip                      ## the gate: round trip, README, no
 	$(BIN)/python scripts/readme.py --check
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
+
+types: install                               ## mypy on the package; `make test` runs it too
+	$(BIN)/python -m mypy
 
 roundtrip: install                           ## nbdev_export and nbdev_clean change nothing
 	$(BIN)/python scripts/roundtrip.py

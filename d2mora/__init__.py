@@ -2,6 +2,10 @@
 
 __version__ = "0.1.0"
 
+import logging
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its hint at a faster kernel would stand beside a command's one line
+
 from d2mora.orthogonality import attach_orthogonality, orthogonality_loss
 from d2mora.published import convert_official_checkpoint
 from d2mora.tuner import D2MoraConfig, D2MoraModel
