@@ -7,11 +7,13 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import textwrap
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import d2mora
 
@@ -25,7 +27,7 @@ def wheel(tmp_path_factory):
     import shutil
     copy, out = tmp_path_factory.mktemp("source") / "d2mora", tmp_path_factory.mktemp("wheel")
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT / name, copy)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"): shutil.copy(ROOT / name, copy)
     for name in ("d2mora", "nbs", "tests", "scripts"): shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     run = subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:] + run.stdout[-2000:]
@@ -56,7 +58,14 @@ def test_wheel_holds_the_package_and_nothing_of_the_book(wheel):
     assert own <= {*names}, own - {*names}
     assert {n for n in own if n.endswith(".yaml")} and "d2mora/assets/figure.mplstyle" in names
     assert all(n.startswith(("d2mora/", f"d2mora-{d2mora.__version__}.dist-info/")) for n in names)
-    assert not [n for n in names if n.endswith(".ipynb")] and any(n.endswith("LICENSE") for n in names)
+    assert not [n for n in names if n.endswith(".ipynb")] and any(n.endswith("LICENSE") for n in names) and any(n.endswith("NOTICE") for n in names)
+
+
+def test_notice_names_what_is_there():
+    paths = re.findall(r"^((?:d2mora|nbs)/\S*[^\s,])", (ROOT / "NOTICE").read_text(), re.M)
+    assert len(paths) >= 6 and all(list(ROOT.glob(path.rstrip("/"))) for path in paths)
+    foreign = [p.name for p in (ROOT / "d2mora" / "assets").iterdir() if p.suffix in (".csv", ".safetensors") or p.name in ("toy-base", "bases")]
+    assert all(name in " ".join(paths) for name in foreign)
 
 
 def test_import_comes_from_the_wheel_without_the_books_tools(python, tmp_path):
@@ -185,3 +194,70 @@ def test_twine_check(wheel):
     pytest.importorskip("twine")
     done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", wheel], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_lowest_constraints_are_the_lower_bounds():
+    lines = [line.split("==") for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if not line.startswith("#")]
+    padded = lambda v: tuple(int(x) for x in (v.split(".") + ["0", "0"])[:3])
+    assert {name: padded(v) for name, v in lines} == {name: padded(bound.lstrip(">=")) for name, bound in declared("dependencies").items()}
+
+
+def test_versions_agree_everywhere():
+    found = {name: re.search(pattern, (ROOT / name).read_text(), re.M)[1] for name, pattern in (("settings.ini", r"^version = (.+)$"), ("CITATION.cff", r"^version: (.+)$"))}
+    assert {*found.values()} == {d2mora.__version__}
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text() or f"## [{d2mora.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ---- the workflows ----
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_use_pinned_official_actions_with_least_rights(name):
+    flow, text = WORKFLOWS[name], (ROOT / ".github" / "workflows" / f"{name}.yml").read_text()
+    assert flow["permissions"] == {"contents": "read"} and "secrets." not in text and "pull_request_target" not in text
+    for job in flow["jobs"].values():
+        assert "timeout-minutes" in job and {*job.get("permissions", {})} <= {"pages", "id-token"}
+        for step in job["steps"]:
+            if "uses" in step: assert re.fullmatch(r"(actions|quarto-dev|pypa)/[\w/-]+@[0-9a-f]{40}", step["uses"]), step["uses"]
+            if "actions/checkout" in step.get("uses", ""): assert step["with"]["persist-credentials"] is False
+    assert all(re.search(r"# v\d", line) for line in text.splitlines() if "uses:" in line)
+
+
+def test_workflows_do_what_they_are_for():
+    runs = {name: [step.get("run", "") for job in flow["jobs"].values() for step in job["steps"]] for name, flow in WORKFLOWS.items()}
+    assert WORKFLOWS["ci"]["jobs"]["gate"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"] and any("nbdev_test" in run for run in runs["ci"])
+    assert [row["set"] for row in WORKFLOWS["ci"]["jobs"]["versions"]["strategy"]["matrix"]["include"]] == ["lowest", "newest"]
+    named = re.findall(r"tests/test_\w+\.py", " ".join(runs["ci"]))
+    assert len(named) > 8 and all((ROOT / path).exists() for path in named)
+    targets = {word for run in sum(runs.values(), []) for word in re.findall(r"^make ([a-z-]+)", run, re.M)}
+    made = {*re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)}
+    assert {"install", "roundtrip", "nbmake", "docs", "dist", "lab-check"} <= targets <= made
+    publish = WORKFLOWS["release"]["jobs"]["publish"]
+    assert publish["permissions"] == {"id-token": "write"} and publish["environment"]["name"] == "pypi" and len(publish["steps"]) == 2
+
+
+# ---- what CONTRIBUTING walks through ----
+def test_the_pairing_that_contributing_walks_through(monkeypatch):
+    "Its loop and its function give the same numbers, and it becomes a pairing by one entry."
+    import peft
+    import torch
+    from helpers import difference, fill, tiny_llama, tokens
+
+    from d2mora import lora, routers, shared_a, tuner
+
+    names = {"torch": torch, "Tensor": torch.Tensor, "Callable": object, "mix_up": shared_a.mix_up}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for code in re.findall(r"^   ```python\n(.*?)^   ```", text, re.S | re.M): exec(textwrap.dedent(code), names)
+    A, R_down, R_up = torch.randn(3, 4, 16), torch.randn(3, 16), torch.randn(5, 4)
+    parts = lambda v: lora.project_down(v, A), lambda v: routers.route(v, R_down), lambda v: routers.route(v, R_up)
+    for shape in ((7,), (2, 5)):
+        x = torch.randn(*shape, 16)
+        torch.testing.assert_close(names["strongest_to_many"](*parts, x).reshape(-1, 5, 4), names["loop"](*parts, x).reshape(-1, 5, 4))
+    monkeypatch.setitem(tuner.PAIRINGS, "strongest-to-many", names["strongest_to_many"])
+    base, ids = tiny_llama(), tokens()
+    before = base(ids).logits
+    config = d2mora.D2MoraConfig(pairing="strongest-to-many", num_down_experts=3, num_up_experts=5, r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = fill(peft.get_peft_model(base, config)).eval()
+    assert difference(model(ids).logits, before) > 1e-2
+    assert difference(model(ids[:1]).logits, model(ids).logits[:1]) < 1e-4  # a row does not depend on its batch mates
