@@ -135,7 +135,7 @@ class Prepared:
     validation: dict[str, "datasets.Dataset"]  # the same by task; empty without validation rows
     counts: dict[str, dict[str, int]]          # for each task: rows, published, repeated, in_test, shortened, skipped, lost
 
-# %% ../nbs/08a_batches.ipynb #0338cc0c
+# %% ../nbs/08a_batches.ipynb #6deb7041
 def cache_key(
     rows: "datasets.Dataset",  # from `read_rows`
     tokenizer,                 # a fast tokenizer
@@ -152,7 +152,7 @@ def workers(
     rows: int,      # how many there are
 ) -> int | None:    # processes; None for this one alone
     "A process for each core, if each has work for some seconds."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return n if (n := min(cores, rows//10_000)) > 1 else None
 
 # %% ../nbs/08a_batches.ipynb #1b255269

@@ -124,7 +124,7 @@ def task_of(
     known = {"true": "boolq", "solution1": "piqa", "ending1": "hellaswag", "option1": "winogrande"}
     return known.get(offered[0]) or {"answer1": "social_i_qa" if len(offered) == 3 else "openbookqa"}.get(offered[0])
 
-# %% ../nbs/08_data.ipynb #96ff6f2a
+# %% ../nbs/08_data.ipynb #e4ec699e
 def find_file(
     path: Path,   # folder with one folder a task
     task: str,    # one of the eight
@@ -132,7 +132,7 @@ def find_file(
 ) -> Path:        # the .json or .json.gz
     "The file of a task, or an error that says what there is instead."
     if not path.is_dir(): raise ValueError(f"data.path={path}: no such file or folder, and not one of {', '.join(TOY_WORLDS)}"
-                                           + nearest(path, TOY_WORLDS).split("(there")[0].rstrip())
+                                           + nearest(str(path), TOY_WORLDS).split("(there")[0].rstrip())
     for name in (f"{split}.json", f"{split}.json.gz"):
         if (path/task/name).is_file(): return path/task/name
     there = [t for t in TASKS if any((path/t).glob(f"{split}.json*"))]
@@ -168,7 +168,7 @@ def check_rows(
             raw = file_problem(where) if isinstance(where, Path) else ""
             raise ValueError(f"{where}: " + (raw or f"row {row.get('row', i)}: {problem}"))
 
-# %% ../nbs/08_data.ipynb #97689381
+# %% ../nbs/08_data.ipynb #1195d321
 def read_task(
     path: str,    # folder of tasks, or a toy world
     task: str,    # one of the eight
@@ -177,10 +177,9 @@ def read_task(
     "All rows of one task, each looked at."
     import datasets
     if task not in TASKS: raise ValueError(f"unknown task '{task}'{nearest(task, TASKS)}")
-    if str(path) in TOY_WORLDS: where, rows = f"{path}/{task}/{split}", datasets.Dataset.from_list(list(toy_rows(path, task, split)))
-    else:
-        where = find_file(Path(path), task, split)
-        rows = read_file(where)
+    toy = str(path) in TOY_WORLDS
+    where = f"{path}/{task}/{split}" if toy else find_file(Path(path), task, split)
+    rows = datasets.Dataset.from_list(list(toy_rows(path, task, split))) if toy else read_file(Path(where))
     check_rows(rows, where, task)
     return rows.add_column("task", [task]*len(rows)).add_column("row", list(range(len(rows))))
 

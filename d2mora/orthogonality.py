@@ -6,8 +6,9 @@
 __all__ = ['pairwise_cosine', 'whole', 'similarity', 'expert_layers', 'active_experts', 'orthogonality_loss',
            'add_orthogonality_gradient', 'attach_orthogonality']
 
-# %% ../nbs/05_orthogonality.ipynb #1186f879
+# %% ../nbs/05_orthogonality.ipynb #5e758adc
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,10 @@ def similarity(
     "Add up how alike the matrices are, pair by pair."
     return pairwise_cosine(whole(W)).triu(1).abs().sum()
 
-# %% ../nbs/05_orthogonality.ipynb #a85791ff
+# %% ../nbs/05_orthogonality.ipynb #93d43861
 def expert_layers(
     model: nn.Module,      # any model with adapted layers
-) -> Iterator[nn.Module]:  # the layers with experts
+) -> Iterator[Any]:        # the layers with experts
     "Yield the layers that have a method `active_experts`, which lists (A, B, λ) of each active adapter."
     return (layer for layer in model.modules() if hasattr(layer, "active_experts"))
 
@@ -56,7 +57,7 @@ def active_experts(
         raise ValueError(f"no experts in {type(model).__name__}: adapt it with a D2MoraConfig, and activate that adapter")
     return experts
 
-# %% ../nbs/05_orthogonality.ipynb #fd6a7095
+# %% ../nbs/05_orthogonality.ipynb #541bdbf6
 def orthogonality_loss(
     model: nn.Module,     # any model with adapted layers
     parts: bool = False,  # give the sums of A's and of B's apart
@@ -64,8 +65,8 @@ def orthogonality_loss(
     "Sum the similarity of A's and of B's over all adapted layers: 0 when all are orthogonal."
     experts = active_experts(model)
     device = experts[0][0].device
-    down = sum(similarity(A).to(device) for A, _, _ in experts)
-    up = sum(similarity(B).to(device) for _, B, _ in experts)
+    down = torch.stack([similarity(A).to(device) for A, _, _ in experts]).sum()
+    up = torch.stack([similarity(B).to(device) for _, B, _ in experts]).sum()
     return (down, up) if parts else down + up
 
 # %% ../nbs/05_orthogonality.ipynb #8f77f502

@@ -29,7 +29,7 @@ from .runs import read_metrics
 from .tasks import nearest
 from .train import train
 
-# %% ../nbs/13_full.ipynb #3f0a1c70
+# %% ../nbs/13_full.ipynb #0f7927d7
 @dataclass
 class Load:
     "One epoch as the model sees it."
@@ -52,9 +52,9 @@ def epoch_load(
     batches = epoch_batches(lengths, config.sampling, batch_size)
     wide = [computed_tokens(lengths, [batch], config.sampling) for batch in batches]
     sequences = 1 if packed else min(batch_size, len(lengths))
-    shapes = [(sequences, math.ceil(tokens/sequences)) for tokens in (sum(wide)/len(wide), max(wide))]
+    typical, largest = ((sequences, math.ceil(tokens/sequences)) for tokens in (sum(wide)/len(wide), max(wide)))
     graded = max(n - start for n, start in zip(lengths, column(ready.train, "graded_from")))
-    return Load(len(lengths), sum(lengths), sum(wide), len(batches), *shapes, graded)
+    return Load(len(lengths), sum(lengths), sum(wide), len(batches), typical, largest, graded)
 
 # %% ../nbs/13_full.ipynb #f885421b
 @dataclass
@@ -227,7 +227,7 @@ def two_steps(
         run = train(replace(recipe, base=f"{folder}/base", data=replace(recipe.data, validation_rows=0), training=training), f"{folder}/run")
         return [line["loss"] for line in read_metrics(run) if "loss" in line]
 
-# %% ../nbs/13_full.ipynb #3631615e
+# %% ../nbs/13_full.ipynb #29e3c887
 def find_tokenizer(
     recipe: Recipe,          # its base
     stand_in: str | None,    # a folder or hub name to take instead
@@ -244,7 +244,7 @@ def find_tokenizer(
 def dry_run(
     recipe: Recipe,                 # what to train
     tokenizer: str | None = None,   # a folder or name to take in place of the base's tokenizer
-    gpus: list[str] = ("A100-40", "A100-80", "H100"),  # names or JSON
+    gpus: Sequence[str] = ("A100-40", "A100-80", "H100"),  # names or JSON
 ) -> str:                           # a page of text
     "Read the rows, work out what the run takes, and try two steps of it on a small random model."
     chosen = [find_gpu(name) for name in gpus]

@@ -40,14 +40,14 @@ def stack_experts(
         "d2mora_router_up": parts["route2", 0],
     }
 
-# %% ../nbs/07b_published.ipynb #44ea3148
+# %% ../nbs/07b_published.ipynb #3613fdab
 def convert_official_checkpoint(
     state_dict: dict[str, Tensor],  # the published `best_model.pth`, `adapter_model.bin` or `model.safetensors`
     lora_alpha: float,              # not in the file: 32 in the published script
     **settings,                     # further fields of `D2MoraConfig`
 ) -> tuple[D2MoraConfig, dict[str, Tensor]]:  # for `get_peft_model` and `set_peft_model_state_dict`
     "Turn the published parameters into a configuration and weights of ours."
-    layers = {}
+    layers: dict[str, dict] = {}
     for key, tensor in state_dict.items():
         if parsed := parse_official_key(key):
             layers.setdefault(parsed[0], {})[parsed[1:]] = tensor

@@ -199,15 +199,15 @@ def all_keys(raw):
     owners = {"adapter": adapter_class(raw.get("adapter") or {}), "data": DataConfig, "training": TrainingArguments}
     return ["base"] + [f"{section}.{f.name}" for section, owner in owners.items() for f in fields(owner) if f.init]
 
-# %% ../nbs/08c_recipe.ipynb #065dab85
+# %% ../nbs/08c_recipe.ipynb #0ecc5c23
 def absolute(
-    name: str | None,  # a name or a path
-) -> str | None:       # the full path if there is such a file or folder, else the name
+    name: str,  # a name or a path
+) -> str:       # the full path if there is such a file or folder, else the name
     "A path that means the same from any folder."
-    there = isinstance(name, str) and name not in ("toy", "toy-hard") and Path(name).expanduser().exists()
-    return str(Path(name).expanduser().resolve()) if there else name
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in ("toy", "toy-hard") and path.exists() else name
 
-# %% ../nbs/08c_recipe.ipynb #6cfd791b
+# %% ../nbs/08c_recipe.ipynb #ee4de7ff
 def load_recipe(
     name_or_path: str | Path,                           # a built-in name or a YAML file
     overrides: Mapping[str, Any] | Iterable[str] = (),  # {"section.key": value}, or texts "section.key=value"
@@ -216,13 +216,14 @@ def load_recipe(
     raw = override(read_recipe(name_or_path), overrides)
     for key in raw:
         if key not in ("base", *PARTS): raise ValueError(f"{name_or_path}: unknown key '{key}'{nearest(str(key), ['base', *PARTS])}")
-    adapter, data, training = (dict(raw.get(part) or {}) for part in PARTS)
-    kind = {"peft_type": adapter.pop("peft_type", "D2MORA")}
-    adapter = kind | check_section("adapter", adapter, adapter_class(kind))
-    training = check_section("training", training, TrainingArguments)
-    data = DataConfig(**check_section("data", data, DataConfig))
+    parts = {part: dict(raw.get(part) or {}) for part in PARTS}
+    kind = {"peft_type": parts["adapter"].pop("peft_type", "D2MORA")}
+    adapter = kind | check_section("adapter", parts["adapter"], adapter_class(kind))
+    training = check_section("training", parts["training"], TrainingArguments)
+    data = DataConfig(**check_section("data", parts["data"], DataConfig))
     data.path = absolute(data_path(data))
-    check_training(training), adapter_config(adapter)
+    check_training(training)
+    adapter_config(adapter)
     if not isinstance(raw.get("base"), str) or not raw["base"]: raise ValueError(f"recipe '{name_or_path}' has no base: add base=NAME (a hub name, a folder, or toy)")
     return Recipe(absolute(raw["base"]), adapter, data, training)
 

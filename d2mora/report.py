@@ -9,17 +9,18 @@ __all__ = ['COLUMNS', 'NAMES', 'NOTE', 'wilson_interval', 'average_interval', 'm
            'result_table', 'group_of', 'groups', 'mean_std', 'seeds_table', 'comparison', 'paper_rows', 'paper_table',
            'draw_results', 'loss_table', 'how', 'report']
 
-# %% ../nbs/09b_report.ipynb #32082315
+# %% ../nbs/09b_report.ipynb #ee39f357
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from csv import DictReader
 from hashlib import sha256
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from .data import read_task
 from .tasks import TASKS, row_answers
@@ -58,7 +59,7 @@ def majority(rows: list[dict]) -> float:
     "Accuracy of always giving the answer that is most often right."
     return max(Counter(row["answer"] for row in rows).values()) / len(rows)
 
-# %% ../nbs/09b_report.ipynb #08643de2
+# %% ../nbs/09b_report.ipynb #c7eccb98
 def confidence(
     scores: dict[str, float],  # log-likelihood of each option
 ) -> float:                    # probability of the best one among them
@@ -72,7 +73,7 @@ def calibration_error(
     bins: int = 10,      # of equal width
 ) -> float:              # 0: its probabilities can be believed
     "Expected calibration error."
-    by_bin = {}
+    by_bin: dict[int, list[float]] = {}
     for g in graded:
         sure = confidence(g["scores"])
         by_bin.setdefault(min(int(sure * bins), bins - 1), []).append(sure - g["right"])
@@ -214,8 +215,8 @@ def results(
     tasks = {task: summary(graded[task], rows[task], task) for task in graded}
     return {"tasks": tasks, "average": mean(t["accuracy"] for t in tasks.values()), "average_interval": average_interval(list(tasks.values()))}
 
-# %% ../nbs/09b_report.ipynb #5aec19b1
-COLUMNS = {"chance": percent, "majority": percent, "unparsed": percent, "shortened": str, "by_length": percent, "answer_loss": "{:.3f}".format, "calibration": "{:.3f}".format}
+# %% ../nbs/09b_report.ipynb #8e5bc9b5
+COLUMNS: dict[str, Callable[[Any], str]] = {"chance": percent, "majority": percent, "unparsed": percent, "shortened": str, "by_length": percent, "answer_loss": "{:.3f}".format, "calibration": "{:.3f}".format}
 NAMES = {"shortened": "prompt cut", "by_length": "by length", "answer_loss": "answer loss", "unparsed": "not parsed"}
 
 
@@ -230,7 +231,7 @@ def result_table(
     last = ["average", "", percent(result["average"]), span(result["average_interval"]) if "average_interval" in result else "", *means]
     return text_table(["task", "n", "accuracy", "95 % interval", *(NAMES.get(c, c) for c in columns)], [*rows, last])
 
-# %% ../nbs/09b_report.ipynb #d36cf890
+# %% ../nbs/09b_report.ipynb #d2423d68
 def group_of(
     folder: str | Path,  # a run's or an adapter's folder
 ) -> str | None:         # the recipe without its seed; None where there is no recipe
@@ -243,7 +244,7 @@ def group_of(
 
 def groups(folders: Iterable[str | Path]) -> list[list[str]]:
     "Folders, those together that are repetitions of each other."
-    found = {}
+    found: dict[str, list[str]] = {}
     for folder in folders: found.setdefault(group_of(folder) or str(folder), []).append(str(folder))
     return list(found.values())
 
@@ -319,7 +320,7 @@ def draw_results(
         ax.legend(ncols=len(named) + 1, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
-# %% ../nbs/09b_report.ipynb #2d02ee12
+# %% ../nbs/09b_report.ipynb #808453ec
 def loss_table(
     run: Path,  # a run folder
 ) -> str:

@@ -50,13 +50,13 @@ def last_checkpoint(
     "The newest complete checkpoint."
     return next(reversed(checkpoints(folder)), None)
 
-# %% ../nbs/08e_resume.ipynb #4c949ff1
+# %% ../nbs/08e_resume.ipynb #30e70cd3
 def save_complete(
-    trainer: "SafeTrainer",  # at the step to save
-    save,                    # the Trainer's own saving, without arguments
+    trainer: "SafeTrainer",    # at the step to save
+    save: Callable[[], None],  # the Trainer's own saving
 ) -> None:
     "Write a checkpoint aside, then give it its name and take the oldest away."
-    folder, name, state = Path(trainer.args.output_dir), f"checkpoint-{trainer.state.global_step}", trainer.state
+    folder, name, state = Path(str(trainer.args.output_dir)), f"checkpoint-{trainer.state.global_step}", trainer.state
     aside, main, wait = folder/".writing", trainer.args.should_save, trainer.accelerator.wait_for_everyone
     if main: shutil.rmtree(aside, ignore_errors=True)
     wait()
@@ -68,14 +68,17 @@ def save_complete(
             if main: state.save_to_json(str(aside/name/"trainer_state.json"))
     finally: trainer.aside = None
     wait()
-    if main: publish(aside/name, folder/name), aside.rmdir(), rotate(folder, trainer.args.save_total_limit, f"checkpoint-{state.best_global_step}")
+    if main:
+        publish(aside/name, folder/name)
+        aside.rmdir()
+        rotate(folder, trainer.args.save_total_limit, f"checkpoint-{state.best_global_step}")
     wait()
 
-# %% ../nbs/08e_resume.ipynb #2d65f79b
+# %% ../nbs/08e_resume.ipynb #b8390413
 class SafeTrainer(FairTrainer):
     "A checkpoint of its is complete or absent."
 
-    aside = None  # where one is being written
+    aside: str | None = None  # where one is being written
 
     def _get_output_dir(self, trial): return self.aside or super()._get_output_dir(trial)
 
@@ -87,11 +90,11 @@ class SafeTrainer(FairTrainer):
         return begun
 
     def find_best(self):
-        best = Path(self.args.output_dir)/f"checkpoint-{self.state.best_global_step}"
+        best = Path(str(self.args.output_dir))/f"checkpoint-{self.state.best_global_step}"
         if best.is_dir(): self.state.best_model_checkpoint = str(best)
 
-    def _run_epoch(self, **kwargs):
-        if self.state.global_step < self.state.max_steps: super()._run_epoch(**kwargs)
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps: super()._run_epoch(*args, **kwargs)
         else: self.control.should_training_stop = True
 
     def _finalize_training(self, *args, **kwargs):
@@ -144,7 +147,7 @@ def listening(
     finally:
         if main: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/08e_resume.ipynb #9afd66aa
+# %% ../nbs/08e_resume.ipynb #248ea488
 def validated(
     trainer: "FairTrainer",
 ) -> bool:  # whether the log has a validation of this step
@@ -178,7 +181,7 @@ class StoppableTrainer(SafeTrainer):
         self.args.eval_on_start |= validation_due(self)
         return begun
 
-    def _evaluate(self, *args, skip_scheduler=False, **kwargs):
-        metrics = super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         if skip_scheduler and self.state.global_step: self._determine_best_metric(metrics, None), self.find_best()  # made up for
         return metrics

@@ -106,12 +106,12 @@ def read_metrics(
     "Read a run's `metrics.jsonl`."
     return [json.loads(line) for line in (Path(run)/"metrics.jsonl").read_text().splitlines()]
 
-# %% ../nbs/08d_runs.ipynb #33af6477
+# %% ../nbs/08d_runs.ipynb #feb7c182
 def validation_losses(
     run: str | Path,  # a run folder
 ) -> dict[str, tuple[float, float]]:  # for each task the first and the last loss, nats per graded token
     "How far the loss on held-out rows fell."
-    lines = {}
+    lines: dict[str, list[float]] = {}
     for line in read_metrics(run):
         for key in line:
             if key.startswith("eval_") and key.endswith("_loss") and key != "eval_loss": lines.setdefault(key[5:-5], []).append(line[key])

@@ -6,12 +6,12 @@
 __all__ = ['batch_rows', 'row_names', 'check_finite', 'scaler_copes', 'RunTrainer', 'check_device', 'training_arguments',
            'global_batch', 'make_trainer', 'save_adapter', 'begin_from', 'fit', 'at_last', 'train']
 
-# %% ../nbs/09_train.ipynb #e711da50
+# %% ../nbs/09_train.ipynb #779d67af
 import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,18 +54,18 @@ def row_names(
     found = dataset.select([n for n, ids in enumerate(dataset["input_ids"]) if tuple(ids) in wanted])
     return [f"{task} {row}" for task, row in zip(found["task"], found["row"])]
 
-# %% ../nbs/09_train.ipynb #e9a57708
+# %% ../nbs/09_train.ipynb #72687396
 def check_finite(
     trainer: "RunTrainer",  # at the step before its end
     what: str,              # "loss" or "gradient norm"
     value: Any,             # a number
-    batches: list[dict],    # that it came from
+    batches: Sequence[dict],  # that it came from
 ) -> None:
     "Stop at what is not finite, with step, rows and the last good checkpoint."
     value = float(whole(value))
     if math.isfinite(value): return
     rows = [name for batch in batches for name in row_names(trainer.train_dataset, batch)]
-    good = last_checkpoint(Path(trainer.args.output_dir))
+    good = last_checkpoint(Path(str(trainer.args.output_dir)))
     raise FloatingPointError(f"step {trainer.state.global_step + 1}: the {what} is {value}; rows of the batch (task and number): {', '.join(rows[:64])}; "
                              f"last good checkpoint: {good.name if good else 'none yet'}; lower training.learning_rate, or train in bf16 or fp32")
 
@@ -77,11 +77,11 @@ def scaler_copes(
     scaler = trainer.accelerator.scaler
     return scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1
 
-# %% ../nbs/09_train.ipynb #2d20c454
+# %% ../nbs/09_train.ipynb #b7df2ace
 class RunTrainer(StoppableTrainer):
     "Trains in a run folder: what is not finite stops it."
 
-    batches = ()
+    batches: Sequence[dict] = ()  # of the step at hand
 
     def get_batch_samples(self, *args, **kwargs):
         self.batches, items = super().get_batch_samples(*args, **kwargs)
@@ -188,7 +188,7 @@ def begin_from(
     args.eval_on_start &= not checkpoint
     return checkpoint
 
-# %% ../nbs/09_train.ipynb #67481822
+# %% ../nbs/09_train.ipynb #10868395
 def fit(
     trainer: RunTrainer,       # ready
     stopper: Stopper,          # among its callbacks
@@ -198,7 +198,7 @@ def fit(
     try:
         with listening(stopper): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Abandoned: pass  # the validation before the first step
-    saved = Path(trainer.args.output_dir)/f"checkpoint-{trainer.state.global_step}"
+    saved = Path(str(trainer.args.output_dir))/f"checkpoint-{trainer.state.global_step}"
     if not stopper.asked or trainer.state.global_step >= trainer.state.max_steps and not saved.exists(): return  # it came after the last step
     if main_process(): print(f"stopped by SIGTERM: {saved.name if saved.exists() else 'nothing'} is saved, go on with --resume", file=sys.stderr)
     raise SystemExit(0)

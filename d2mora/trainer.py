@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['orthogonality_parts', 'D2MoraTrainer', 'row_losses', 'mean_loss', 'with_mean', 'FairTrainer']
 
-# %% ../nbs/08b_trainer.ipynb #b8b139d0
+# %% ../nbs/08b_trainer.ipynb #371b9d3e
+from typing import Any, cast
+
+import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batches import ByLength, useful_tokens
 from .orthogonality import attach_orthogonality, expert_layers, orthogonality_loss
 
-# %% ../nbs/08b_trainer.ipynb #a856a263
+# %% ../nbs/08b_trainer.ipynb #358f3b0f
 def orthogonality_parts(
-    model,  # a PEFT model
+    model: nn.Module,  # adapted by PEFT
 ) -> dict[str, float]:  # orthogonality_down (of the A's), orthogonality_up (of the B's); empty without experts
     "Both parts of the orthogonality loss, unweighted, as numbers for a log."
     if not any(True for _ in expert_layers(model)): return {}
@@ -28,19 +31,19 @@ class D2MoraTrainer(transformers.Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         "Make the optimizer and attach the orthogonality gradient to it."
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if any(True for _ in expert_layers(self.model)): attach_orthogonality(self.model, optimizer)
+        optimizer, model = super().create_optimizer(*args, **kwargs), cast(nn.Module, self.model)
+        if any(True for _ in expert_layers(model)): attach_orthogonality(model, optimizer)
         return optimizer
 
     def log(self, logs, *args, **kwargs):
         "Add both parts of the orthogonality loss to the lines that report a training loss."
-        super().log(logs | orthogonality_parts(self.model) if "loss" in logs else logs, *args, **kwargs)
+        super().log(logs | orthogonality_parts(cast(nn.Module, self.model)) if "loss" in logs else logs, *args, **kwargs)
 
-# %% ../nbs/08b_trainer.ipynb #e0c13872
+# %% ../nbs/08b_trainer.ipynb #662ee60e
 def row_losses(
-    model,         # a causal language model
-    inputs: dict,  # a padded batch with labels (rows, tokens)
-) -> Tensor:       # for each row the sum of its losses (nats) and its graded tokens, (rows, 2)
+    model: nn.Module,  # a causal language model
+    inputs: dict,      # a padded batch with labels (rows, tokens)
+) -> Tensor:           # for each row the sum of its losses (nats) and its graded tokens, (rows, 2)
     "Grade each row by itself."
     following = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # (rows, tokens): what comes next
     keep, logits = following != -100, model(**inputs).logits
@@ -54,21 +57,21 @@ def mean_loss(
     graded: transformers.EvalPrediction,  # its predictions are all rows of `row_losses`
 ) -> dict[str, float]:                    # nats per graded token
     "The mean over tokens."
-    total, tokens = graded.predictions.astype(float).sum(0)
+    total, tokens = np.asarray(graded.predictions, dtype=float).sum(0)
     return {"loss": float(total / tokens)}
 
-# %% ../nbs/08b_trainer.ipynb #18d35ac6
+# %% ../nbs/08b_trainer.ipynb #0ea44d9a
 def with_mean(
-    trainer: "FairTrainer",
-    metrics: dict,  # of all tasks: eval_TASK_loss
-) -> dict:          # of all: with eval_loss, which `metric_for_best_model: loss` means
+    trainer: "FairTrainer",     # holds the rows of each task
+    metrics: dict[str, float],  # of all tasks: eval_TASK_loss
+) -> dict[str, float]:          # with eval_loss, which `metric_for_best_model: loss` means
     "Add and log the mean of the tasks' losses."
-    losses = [metrics[f"eval_{task}_loss"] for task in trainer.eval_dataset]
+    losses = [metrics[f"eval_{task}_loss"] for task in cast(dict, trainer.eval_dataset)]
     mean = {"eval_loss": sum(losses) / len(losses)}
     trainer.log(dict(mean))
     return metrics | mean
 
-# %% ../nbs/08b_trainer.ipynb #64a6e60d
+# %% ../nbs/08b_trainer.ipynb #9ddecb18
 class FairTrainer(D2MoraTrainer):
     "Held-out losses are means over tokens and disturb no random state; tokens are counted without padding."
 
@@ -81,7 +84,7 @@ class FairTrainer(D2MoraTrainer):
         return metrics if eval_dataset else with_mean(self, metrics)
 
     def _get_train_sampler(self, train_dataset=None):
-        rows = train_dataset or self.train_dataset
+        rows: Any = train_dataset or self.train_dataset
         if self.args.train_sampling_strategy != "group_by_length": return super()._get_train_sampler(rows)
         return ByLength(rows["length"], self.args.train_batch_size * self.args.gradient_accumulation_steps, self.args.seed)
 

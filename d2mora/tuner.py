@@ -8,7 +8,7 @@ __all__ = ['PAIRINGS', 'CARD_NOTE', 'MERGE_REFUSED', 'TARGETS', 'router_widths',
            'D2MoraLinear', 'features', 'add_experts', 'check_targets', 'warn_if_inert', 'D2MoraModel',
            'register_d2mora', 'record_routing']
 
-# %% ../nbs/07_tuner.ipynb #eb97b099
+# %% ../nbs/07_tuner.ipynb #98a8b146
 import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import peft
 import torch
@@ -59,7 +60,7 @@ def router_widths(
         raise ValueError(f"it gives {tuple(mixed.shape[1:-1])} low-rank vectors for {N} up-projections")
     return widths
 
-# %% ../nbs/07_tuner.ipynb #10c54c32
+# %% ../nbs/07_tuner.ipynb #3829e464
 def check_number(
     name: str,                   # the field
     value: object,               # what the user gave
@@ -81,7 +82,7 @@ def check_choice(
 ) -> None:
     "Raise a ValueError that names the field, the value and the nearest right one."
     if value not in list(choices):
-        raise ValueError(f"{name}={value!r} is unknown{nearest(value, choices)}")
+        raise ValueError(f"{name}={value!r} is unknown{nearest(str(value), choices)}")
 
 # %% ../nbs/07_tuner.ipynb #ab7736ca
 def check_experts(
@@ -112,7 +113,7 @@ def check_config(
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError(f"layers_pattern={config.layers_pattern!r} needs layers_to_transform, the indices of the layers")
 
-# %% ../nbs/07_tuner.ipynb #e59101db
+# %% ../nbs/07_tuner.ipynb #e41aa836
 def peft_type(
     name: str,  # of the method, in capitals
 ) -> peft.PeftType:
@@ -128,7 +129,7 @@ def peft_type(
 
 def as_set(
     names: list[str] | str | None,  # module names; a string is a regular expression
-) -> set[str] | str | None:         # names without order, a string as it is
+) -> Any:                          # names without order, a string as it is
     "PEFT keeps module names as a set."
     return set(names) if isinstance(names, (list, tuple)) else names
 
@@ -220,10 +221,10 @@ def update(
     config = layer.adapter_config[name]
     return project_up(mixture(layer, name, x) * (config.lora_alpha / config.r), layer.d2mora_B[name])
 
-# %% ../nbs/07_tuner.ipynb #d30274e9
+# %% ../nbs/07_tuner.ipynb #fdfca804
 MERGE_REFUSED = (
     "D2MoRA cannot be merged: its routers weigh the experts anew for each token, so no single matrix equals them. "
-    "Use unload() to take the adapter off; a static export to plain LoRA (`d2mora export`) is planned, not yet there"
+    "Use unload() to take the adapter off, or `d2mora export` to make a plain LoRA of it, which merges"
 )
 
 
@@ -232,6 +233,9 @@ class D2MoraLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("d2mora_A", "d2mora_B", "d2mora_router_down", "d2mora_router_up")
     other_param_names = ("adapter_config",)
+    adapter_config: dict[str, D2MoraConfig]
+    d2mora_A: nn.ParameterDict
+    d2mora_B: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: D2MoraConfig):
         super().__init__()
@@ -256,7 +260,7 @@ class D2MoraLinear(nn.Module, BaseTunerLayer):
     def merge(self, *args, **kwargs):
         raise ValueError(MERGE_REFUSED)
 
-# %% ../nbs/07_tuner.ipynb #95b573a1
+# %% ../nbs/07_tuner.ipynb #7558af57
 def features(
     layer: nn.Module,   # the layer to adapt
 ) -> tuple[int, int]:   # (d_in, d_out)
@@ -264,7 +268,8 @@ def features(
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if type(layer).__name__ == "Conv1D":
-        return tuple(layer.weight.shape)
+        d_in, d_out = cast(Tensor, layer.weight).shape
+        return d_in, d_out
     kind = f"{type(layer).__module__}.{type(layer).__name__}".removeprefix("torch.nn.modules.")
     raise ValueError(f"D2MoRA adapts linear layers only, not a {kind}: take it out of target_modules")
 
@@ -301,7 +306,7 @@ def check_targets(
     if missed and isinstance(config.target_modules, set):
         warnings.warn(f"target_modules {missed} match no layer of {type(model).__name__} and are left out ({hint})")
 
-# %% ../nbs/07_tuner.ipynb #031b47fc
+# %% ../nbs/07_tuner.ipynb #bb06f064
 def warn_if_inert(
     tuner: "D2MoraModel",  # remembers the weights' version
     model: nn.Module,      # the adapted model, about to run
@@ -313,7 +318,7 @@ def warn_if_inert(
     layers = list(expert_layers(model))
     experts = [e for layer in layers for e in layer.active_experts()]
     version = sum(A._version + B._version for A, B, _ in experts)
-    moved, tuner._version = tuner._version not in (None, version), version
+    moved, tuner._weights_version = tuner._weights_version not in (None, version), version
     applied = any(layer.orthogonality_applied for layer in layers) or all(weight == 0 for *_, weight in experts)
     if moved and not applied:
         warnings.warn("orthogonality_weight > 0 is not applied: call attach_orthogonality(model, optimizer), or add orthogonality_loss(model)")
@@ -321,23 +326,24 @@ def warn_if_inert(
         for handle in tuner._watch:
             handle.remove()
 
-# %% ../nbs/07_tuner.ipynb #a2430cd9
-TARGETS = {model: [*t, "k_proj"] if {"q_proj", "v_proj"} <= set(t) else t for model, t in LORA_TARGETS.items()}
+# %% ../nbs/07_tuner.ipynb #4a3b4427
+TARGETS = {"phi3": ["qkv_proj"]} | {model: [*t, "k_proj"] if {"q_proj", "v_proj"} <= set(t) else [*t] for model, t in LORA_TARGETS.items()}
 
 
 class D2MoraModel(BaseTuner):
     "Puts experts beside the layers of a model."
 
     prefix, tuner_layer_cls, target_module_mapping = "d2mora_", D2MoraLinear, TARGETS
+    _weights_version: int | None  # at the last training forward
 
     def _prepare_model(self, peft_config, model):
         if str(peft_config.target_modules).lower() != "all-linear":
             check_targets(peft_config, model, self._check_target_module_exists)
         if peft_config.orthogonality_weight > 0 and not hasattr(self, "_watch"):
             watch = partial(warn_if_inert, self)  # on both: PEFT before 0.21 calls model.forward, which runs no hooks
-            self._version, self._watch = None, [m.register_forward_pre_hook(watch) for m in (self, model)]
+            self._weights_version, self._watch = None, [m.register_forward_pre_hook(watch) for m in (self, model)]
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, *args, **kwargs):
         if isinstance(target, D2MoraLinear):
             add_experts(target, adapter_name, peft_config)
         else:
@@ -365,13 +371,13 @@ def register_d2mora() -> None:
 
 register_d2mora()
 
-# %% ../nbs/07_tuner.ipynb #cec9acc4
+# %% ../nbs/07_tuner.ipynb #ceac5376
 @contextmanager
 def record_routing(
     model: nn.Module,  # any model with adapted layers
 ) -> Iterator[dict[str, dict[str, Tensor]]]:  # by layer name: "down" (…, M) and "up" (…, N), where the pairing has them
     "Record the routing weights of each forward pass; of several active adapters, the last."
-    record = {}
+    record: dict[str, dict[str, Tensor]] = {}
 
     def look(name, layer, args):
         for adapter in layer.active_adapters:

@@ -14,7 +14,8 @@ SIDEBAR = re.findall(r"- (\w+)\.ipynb", (ROOT / "_quarto.yml").read_text(encodin
 
 def module_of(notebook):
     "The module that a notebook makes, if it makes one."
-    found = re.search(r"#\|\s*default_exp (\w+)", (ROOT / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+    path = ROOT / "nbs" / f"{notebook}.ipynb"
+    found = path.is_file() and re.search(r"#\|\s*default_exp (\w+)", path.read_text(encoding="utf-8"))
     return found and found[1]
 
 
