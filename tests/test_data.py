@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from d2mora.batches import (
@@ -238,6 +239,9 @@ def test_packed_logits_are_those_of_each_row_alone(name):
     check_packing(model)
 
 
+NARROWS = hasattr(transformers.modeling_utils, "slice_logits_to_keep")  # from transformers 5.22 on; before it all logits are computed
+
+
 @pytest.mark.parametrize("graded", [4, 99])
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_padded_and_narrow_batches_have_the_same_loss_and_gradient(name, graded):
@@ -256,8 +260,8 @@ def test_packed_padded_and_narrow_batches_have_the_same_loss_and_gradient(name, 
     loss, gradient, size = found["right", False]
     for other, (l, g, n) in found.items():
         assert l == pytest.approx(loss, rel=1e-5) and (g - gradient).norm() < 1e-4 * gradient.norm(), other
-        assert n < size or other[0] != "packed" and not (other[1] and graded == 4)
-    assert found["packed", True][2] == sum(min(graded, n - 1) for n in LENGTHS) * 90
+        assert n < size or other[0] != "packed" and not (other[1] and graded == 4 and NARROWS)
+    assert found["packed", True][2] == sum(min(graded, n - 1) for n in LENGTHS) * 90 or not NARROWS
 
 
 def test_narrow_logits_leave_other_calls_alone():
@@ -265,7 +269,7 @@ def test_narrow_logits_leave_other_calls_alone():
     handle = logits_where_graded(model)
     ids = torch.tensor([[5, 6, 7]])
     assert model(ids).logits.shape == (1, 3, 90) and model(input_ids=ids, labels=ids, logits_to_keep=1, shift_labels=ids[:, -1:]).logits.shape == (1, 1, 90)
-    assert model(input_ids=ids, labels=ids).logits.shape == (2, 90)
+    assert model(input_ids=ids, labels=ids).logits.shape == ((2, 90) if NARROWS else (1, 3, 90))
     handle.remove()
     assert model(input_ids=ids, labels=ids).logits.shape == (1, 3, 90)
 
