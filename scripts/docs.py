@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PROC, HERE = ROOT / "nbs", ROOT / "_proc", Path(__file__).parent
 REPO, COLAB = "https://github.com/d2mora/d2mora", "https://colab.research.google.com/github/d2mora/d2mora"
-PIP = "%pip install -q git+https://github.com/d2mora/d2mora  # what this notebook imports"
+FETCH = f"# what this notebook imports, and what stands beside it\n!git clone -q --depth 1 {REPO}\n%pip install -q ./d2mora\n%cd d2mora/nbs"
 REFERENCES = re.compile(r"(?i)unable to resolve|unresolved|duplicate .*(?:label|identifier|crossref)|citeproc: citation")
 
 
@@ -65,7 +65,7 @@ def page_links(name: str,   # notebook
                module: str  # its module, or ""
                ) -> str:    # markdown
     "The line under a page's title."
-    links = [f"[Open in Colab]({COLAB}/blob/main/nbs/{name})", f'<a href="notebooks/{name}" download>Download the notebook</a>']
+    links = [f"[Open in Colab]({COLAB}/blob/main/nbs/{name}) ([begin so](index.ipynb#install))", f'<a href="notebooks/{name}" download>Download the notebook</a>']
     if module: links.append(f"[API](api_{module}.qmd)")
     return f"::: {{.page-links}}\n{' · '.join([*links, f'[Edit this page]({REPO}/edit/main/nbs/{name})'])}\n:::"
 
@@ -100,14 +100,14 @@ def portable(path: Path,   # a notebook of nbs/
              copy: Path,   # where to write it
              site: str     # address of the hosted site
              ) -> None:
-    "The notebook for download: it installs what it imports, and its pictures and links lead to the site."
+    "The notebook for download: it fetches what it imports, and its pictures and links lead to the site."
     import nbformat
     nb = nbformat.read(path, 4)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\((images/[^)]+)\)", rf"]({site}/\1)", cell.source)
             cell.source = re.sub(r"\]\((?:\d+[a-z]?_)?(\w+)\.ipynb(#[\w-]+)?\)", rf"]({site}/\1.html\2)", cell.source)
-    if module_of(nb): nb.cells.insert(1, nbformat.v4.new_code_cell(PIP, id="install0"))
+    if module_of(nb): nb.cells.insert(1, nbformat.v4.new_code_cell(FETCH, id="install0"))
     nbformat.write(nb, copy)
 
 
