@@ -80,8 +80,8 @@ def ready(
 ) -> Item:
     "Tokenize a row, cutting its contexts from their beginning if they are too long."
     coded = tokenized(tokenizer, pairs)
-    shortened = bool(limit) and max(len(ids) for ids, _ in coded) > limit
-    if shortened:
+    shortened = bool(limit and max(len(ids) for ids, _ in coded) > limit)
+    if limit and shortened:
         longest = pairs[max(range(len(pairs)), key=lambda k: coded[k][1])][1]
         cut = {context: shorten_prompt(tokenizer, context, longest, limit) for context, _ in pairs}
         pairs = [(cut[context], option) for context, option in pairs]
@@ -126,7 +126,7 @@ def read(
     start, past = min(common(rows), needed, min(map(len, rows)) - 1), None
     beginning = torch.tensor([rows[0][:start]], dtype=torch.long, device=model.device)
     if start >= SHARED and len(rows) > 1: past = getattr(forward(model, beginning, torch.ones_like(beginning), keep=1), "past_key_values", None)
-    if plain_cache(past): past.batch_repeat_interleave(len(rows))
+    if past is not None and plain_cache(past): past.batch_repeat_interleave(len(rows))
     else: start, past, beginning = 0, None, beginning[:, :0]
     ids, mask = padded([row[start:] for row in rows], "left", model.device)
     beginning = beginning.expand(len(rows), start)
@@ -231,9 +231,9 @@ class RoomLayer(DynamicLayer):
         self.stores = [torch.cat([x.repeat_interleave(repeats, 0), x.new_zeros(x.shape[0] * repeats, x.shape[1], room, x.shape[3])], 2) for x in (layer.keys, layer.values)]
         self.keys, self.values = (store[:, :, :self.length] for store in self.stores)
 
-    def update(self, keys, values, *args, **kwargs):
-        end = self.length + keys.shape[-2]
-        for store, new in zip(self.stores, (keys, values)): store[:, :, self.length:end] = new
+    def update(self, key_states, value_states, *args, **kwargs):
+        end = self.length + key_states.shape[-2]
+        for store, new in zip(self.stores, (key_states, value_states)): store[:, :, self.length:end] = new
         self.length, (self.keys, self.values) = end, (store[:, :, :end] for store in self.stores)
         return self.keys, self.values
 
@@ -363,7 +363,7 @@ def free_memory() -> None:
 def plan(
     rows: list[dict],
     size: int,                  # batch size
-    done: set[int] = frozenset(),  # rows graded already
+    done: set[int] | frozenset[int] = frozenset(),  # rows graded already
     share: tuple[int, int] = (0, 1),  # this process's number, and how many there are
 ) -> list[int]:                 # the rows to be graded here, batch after batch
     "Longest rows first; whole batches only, so that they are the same however often one begins anew."
@@ -382,7 +382,8 @@ def grade_rows(
     batch_size: int = 32,  # rows at once
 ) -> list[dict]:           # for each row: task, row, hash, answer, predicted, right, shortened, and scores or text
     "Grade the rows of one task."
-    grade, graded = (lambda numbers: grade_batch(model, tokenizer, task, [rows[i] for i in numbers], protocol, style)), {}
+    grade = lambda numbers: grade_batch(model, tokenizer, task, [rows[i] for i in numbers], protocol, style)
+    graded: dict[int, dict] = {}
     for numbers, results in in_batches(grade, plan(rows, batch_size), batch_size): graded |= dict(zip(numbers, results))
     return [about_row(rows[i], task, i) | graded[i] for i in range(len(rows))]
 
@@ -557,7 +558,7 @@ def join() -> tuple[int, int]:
 def everyone(value: dict, size: int) -> dict:
     "The dictionaries of all processes in one; nobody goes on before all are here."
     if size == 1: return value
-    found = [None] * size
+    found: list[dict] = [{}] * size
     torch.distributed.all_gather_object(found, value)
     return {k: v for own in found for k, v in own.items()}
 
@@ -581,7 +582,8 @@ def grade_all(
     hashes = {task: [row_hash(row, task) for row in own] for task, own in rows.items()}
     before = {task: {i for i, h in enumerate(own) if h in done} for task, own in hashes.items()}
     plans = {task: plan(own, batch_size, before[task], share) for task, own in rows.items()}
-    fresh, protocol = {}, settings["protocol"]
+    fresh: dict[str, dict] = {}
+    protocol = settings["protocol"]
     with tqdm(total=sum(map(len, plans.values())), desc=protocol, unit="row", file=sys.stderr, dynamic_ncols=True, disable=not progress or share[0] > 0) as bar:
         for task, own in rows.items():
             grade = lambda numbers: grade_batch(model, tokenizer, task, [own[i] for i in numbers], protocol, settings["prompt"])
@@ -635,11 +637,10 @@ def evaluate(
     path = data_path(DataConfig(path=data or (config.path if config else None)))
     rows = test_rows(path, tasks, limit)
     settings = settings_of(model, protocol, PROTOCOLS[protocol].prompt or prompt or (config.prompt if config else "plain"))
-    folder = Path(output or target) if output or target else None
+    folder = Path(place) if (place := output or target) else None
     done, keep = open_results(folder, settings, again, share)
     found = done | everyone(grade_all(on_device(model), tokenizer, rows, settings, batch_size, done, keep, share, progress), share[1])
-    graded = in_order(rows, found)
-    result = about(target, model, settings, path, limit, batch_size, share[1]) | results(graded, rows)
+    result = about(target, model, settings, path, limit, batch_size, share[1]) | results(graded := in_order(rows, found), rows)
     if folder and share[0] == 0: write_results(folder, protocol, result, all_lines(graded, found))
     return result
 
@@ -657,7 +658,8 @@ def open_results(folder: Path | None, settings: dict, again: bool, share: tuple[
     protocol = settings["protocol"]
     if again and share[0] == 0 and folder.is_dir(): set_aside(folder, protocol)
     if again: everyone({}, share[1])
-    done, path = rows_done(folder, protocol, settings), []
+    done = rows_done(folder, protocol, settings)
+    path: list[Path] = []
 
     def keep(lines):
         if lines and not path: path.append(part_file(folder, protocol, share[0]))  # nothing is written before there is something to write

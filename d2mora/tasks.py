@@ -166,7 +166,7 @@ def score_options(
     "Log-likelihood of each option after its prompt: one batched forward, dropout off, model left as found."
     pairs = [_option_tokens(tokenizer, p, o) for p, os in zip(prompts, options, strict=True) for o in os]
     if not pairs: return [torch.empty(0) for _ in prompts]
-    rows = {}                                                                                # fed tokens -> row number
+    rows: dict[tuple[int, ...], int] = {}                                                    # fed tokens -> row number
     where = [rows.setdefault(tuple(ids[:-1].tolist()), len(rows)) for ids, _ in pairs]
     with evaluating(model): logp = _last_logprobs(model, [torch.tensor(r) for r in rows], max(n for _, n in pairs))
     picked = [logp[w, -n:].gather(-1, ids[-n:, None]) for w, (ids, n) in zip(where, pairs)]  # (graded tokens, 1) each
@@ -213,7 +213,7 @@ SIZES = {"creature": 40, "tool": 40, "event": 32, "activity": 32}
 
 def _names(count, rng):
     "`count` different invented names such as `bimof`."
-    parts, names = ["bdfgklmnprstvz", "aeiou"], {}
+    parts, names = ["bdfgklmnprstvz", "aeiou"], dict[str, None]()
     while len(names) < count: names["".join(rng.choice(parts[i % 2]) for i in range(5))] = None
     return list(names)
 
@@ -231,7 +231,7 @@ def toy_world(
     "Deal names, values and partners to all things."
     small = [f"{sizes.get(k, 0)} of kind {k}" for k in SIZES if sizes.get(k, 0) < 16]
     if small: raise ValueError(f"toy world: {small[0]}; eight tasks need at least 16 of each kind, 4 of them to test")
-    rng, facts, things = random.Random(seed), {}, {}
+    rng, facts, things = random.Random(seed), dict[tuple[str, str], str](), dict[tuple[str, str], list[str]]()
     names = iter(_names(sum(sizes.values()), rng))
     for kind, split in product(SIZES, ("test", "train")):
         count = sizes[kind] // 4 if split == "test" else sizes[kind] - sizes[kind] // 4
@@ -329,7 +329,7 @@ def toy_questions(
     _known(name, TOY_WORLDS, "toy world"), _known(task, TASKS, "task"), _known(split, ("train", "test"), "split")
     world, count = world or toy_world(), TOY_TASKS[task][2]
     rows = TOY_ROWS[name, split] if rows is None else rows
-    rng, questions = random.Random(f"{name}/{task}/{split}/{seed}"), {}
+    rng, questions = random.Random(f"{name}/{task}/{split}/{seed}"), dict[Question, None]()
     for attempt in range(50 * rows):
         if len(questions) == rows: break
         questions[_question(world, name, task, split, len(questions) % count, rng)] = None
@@ -370,7 +370,7 @@ def toy_base(
     assets: str | Path | None = None,  # folder that holds toy-base/ and toy.sha256; default: inside the package
 ) -> str:                              # a folder for `from_pretrained`
     "The folder of the embedded base, checked file by file against its committed hashes."
-    assets = Path(assets or files("d2mora") / "assets")
+    assets = Path(assets or str(files("d2mora") / "assets"))
     for line in (assets / "toy.sha256").read_text().splitlines():
         digest, name = line.split()
         if not name.startswith("toy-base/"): continue
