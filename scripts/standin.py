@@ -1,5 +1,6 @@
 """The stand-in for Quarto: the same processed pages rendered by pandoc, which Quarto itself is built on. Small on purpose."""
 import html, re, shutil, subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat, yaml
@@ -135,4 +136,4 @@ def render(proc: Path,  # processed pages and the project file
     out.mkdir(parents=True)
     for folder in ("images", "notebooks"): shutil.copytree(proc / folder, out / folder)
     shutil.copy(HERE / "standin.css", out / "standin.css")
-    for name in pages: render_page(name, pages, project, out)
+    with ThreadPoolExecutor(2) as pool: list(pool.map(lambda name: render_page(name, pages, project, out), pages))
