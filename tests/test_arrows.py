@@ -44,7 +44,7 @@ def forward_arrows(module, source):
 @pytest.mark.parametrize("module", MODULES)
 def test_arrows_point_back(module):
     source = (ROOT / "d2mora" / f"{module}.py").read_text(encoding="utf-8")
-    assert module in ORDER, f"{module} has no place in the sequence of notebooks"
+    assert module in ORDER, f"{module}: no notebook of the sidebar in _quarto.yml makes it"
     assert forward_arrows(module, source) == []
     top = {name.split(".")[0] for name in imported(source)}
     assert not top & {"fastcore", "nbdev", "execnb", "IPython"}
