@@ -18,6 +18,7 @@ def copy_notebooks(folder: Path  # an empty folder
                    ) -> None:
     "A copy to work in, since JupyterLab saves; cells flagged slow or gpu are emptied."
     shutil.copytree(NBS, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "_quarto.yml"))
+    shutil.copytree(NBS.parent / "benchmarks" / "results", folder.parent / "benchmarks" / "results")  # which notebooks replay
     for path in folder.glob("*.ipynb"):
         nb = nbformat.read(path, 4)
         for cell in nb.cells:
@@ -167,9 +168,8 @@ def main():
                 found, took = check(name, page, server, folder, args.seconds, args.pictures)
                 page.close()
                 bad += found
-                print(f"{name}: {'ok' if not found else 'failed'} in JupyterLab, {took:.0f} s", flush=True)
-    for line in bad: print(line, file=sys.stderr)
-    sys.exit(bool(bad))
+                print(f"{name}: {'ok' if not found else 'failed'} in JupyterLab, {took:.0f} s", *found, sep="\n  ", flush=True)
+    sys.exit(f"lab check: {len(bad)} problems" if bad else 0)
 
 
 if __name__ == "__main__": main()
