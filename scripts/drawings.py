@@ -488,6 +488,20 @@ def full():
     yield box(800, 124, 92, 76, "memory,\nhours,\nfits?", "loss", 14, bold=True)
 
 
+@drawing("14_deploy", "From a routed adapter to one LoRA", "A routed adapter is another matrix for every token. Held at their mean, fitted by a regression on calibration rows, or distilled through the whole model, it becomes one pair of matrices that any server takes.", 860, 300)
+def deploy():
+    yield panel(15, 20, 235, 255, "routed: a matrix for every token")
+    for i, y in enumerate((85, 150, 215)):
+        yield matrix(95, y, 50, 48, 24, f"A_{i+1}", "A", 13) + matrix(185, y, 50, 24, 48, f"B_{i+1}", "B", 13)
+        for z in (85, 150, 215): yield arrow((121, y), (159, z), kind="router", head=False, width=1)
+    ways = (("mean", "each router says its mean:\nexactly rank r (M·r)", "frozen"), ("fitted", "E[e hᵀ] E[h hᵀ]⁻¹, cut to rank R:\nlayer by layer", "A"), ("distilled", "trained a little to predict\nas the routed model does", "B"))
+    for i, (name, how, kind) in enumerate(ways):
+        y = 75 + i*75
+        yield arrow((252, 148), (292, y)) + box(345, y, 96, 40, name, kind, 14, bold=True) + text(490, y, how, 12) + arrow((590, y), (632, 148))
+    yield panel(636, 60, 205, 175, "one LoRA for all tokens") + matrix(700, 150, 60, 80, 30, "A", "A", 16) + matrix(780, 150, 60, 30, 80, "B", "B", 16)
+    yield text(738, 215, "PEFT, merge, any server", 12) + text(430, 285, "every form is measured against the routed adapter on the same test rows", 12, "loss")
+
+
 @drawing("favicon", "d2mora", "The sign of d2mora: a blue trapezoid that projects down beside a red one that projects up.", 64, 64)
 def favicon():
     yield f'<polygon points="6,8 29,20 29,44 6,56" fill="{STROKE["A"]}"/><polygon points="35,20 58,8 58,56 35,44" fill="{STROKE["B"]}"/>'
