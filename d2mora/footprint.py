@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .data import first_line
 from .recipe import Recipe, adapter_config, base_folder
 
 # %% ../nbs/13_footprint.ipynb #f7e46224
@@ -33,8 +34,7 @@ def base_shape(
     folder = str(shipped) if (shipped/"config.json").is_file() else base_folder(base)
     try: return transformers.AutoConfig.from_pretrained(folder)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"base '{base}': its config.json cannot be read: {reason[:200]}; give a folder with config.json") from error
+        raise ValueError(f"base '{base}': its config.json cannot be read: {first_line(error)}; give a folder with config.json") from error
 
 # %% ../nbs/13_footprint.ipynb #f3f7b997
 def precision(recipe: Recipe) -> torch.dtype:

@@ -24,7 +24,7 @@ import transformers
 from .batches import Prepared, check_tokenizer, computed_tokens, counts_table, epoch_batches, prepare
 from .data import DataConfig, column, data_path, read_rows
 from .footprint import bare_model, base_shape, count_parts, plan_step, step_bytes, step_flops
-from .recipe import Recipe, base_folder
+from .recipe import Recipe, base_folder, check_cutoff
 from .runs import read_metrics
 from .tasks import nearest
 from .train import train
@@ -144,8 +144,7 @@ def plan(
 ) -> Plan:
     "Work out what a run will take on one GPU."
     shape, training = base_shape(recipe.base), recipe.training
-    limit = getattr(shape.get_text_config(), "max_position_embeddings", None)
-    if limit and recipe.data.cutoff > limit: raise ValueError(f"data.cutoff={recipe.data.cutoff} is more than the {limit} tokens that base '{recipe.base}' can read")
+    check_cutoff(recipe, shape)
     model = bare_model(shape, recipe)
     load = epoch_load(ready, recipe.data, training.get("per_device_train_batch_size", 8))
     batches, steps, evaluations = run_length(training, load.batches)

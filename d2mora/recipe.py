@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'WORDS', 'REFUSED', 'LEAST', 'Recipe', 'recipe_names', 'read_recipe', 'choices', 'describe', 'narrow',
            'converted', 'check_section', 'hint_key', 'adapter_class', 'adapter_config', 'check_training',
            'parse_override', 'override', 'all_keys', 'absolute', 'load_recipe', 'base_folder', 'load_base',
-           'max_positions', 'adapted_base']
+           'max_positions', 'check_cutoff', 'adapted_base']
 
 # %% ../nbs/08c_recipe.ipynb #0ed0d8a0
 import copy
@@ -27,7 +27,7 @@ from transformers import TrainingArguments
 
 import d2mora.tuner  # registers the method with PEFT
 from .batches import check_tokenizer
-from .data import DataConfig, data_path
+from .data import DataConfig, data_path, first_line
 from .tasks import nearest, toy_base
 
 # %% ../nbs/08c_recipe.ipynb #84c7b6a3
@@ -248,18 +248,27 @@ def load_base(
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"base '{base}' cannot be loaded: {reason[:200]}; give a hub name or a folder with config.json, weights and tokenizer.json") from error
+        raise ValueError(f"base '{base}' cannot be loaded: {first_line(error)}; give a hub name or a folder with config.json, weights and tokenizer.json") from error
     check_tokenizer(tokenizer)
     model.config.name_or_path = base  # as the recipe calls it, not where it lies on this machine
     return model, tokenizer
 
 # %% ../nbs/08c_recipe.ipynb #807f7fc5
 def max_positions(
-    model: transformers.PreTrainedModel,
+    model: transformers.PreTrainedModel | transformers.PreTrainedConfig,  # or its configuration alone
 ) -> int | None:  # tokens; None if its configuration does not say
     "How many tokens a model can read."
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model if isinstance(model, transformers.PreTrainedConfig) else model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_cutoff(
+    recipe: Recipe,  # base and cutoff
+    model: transformers.PreTrainedModel | transformers.PreTrainedConfig,  # the base, or its configuration alone
+) -> None:
+    "Refuse rows that are longer than the base can read."
+    limit = max_positions(model)
+    if limit and recipe.data.cutoff > limit: raise ValueError(f"data.cutoff={recipe.data.cutoff} is more than the {limit} tokens that base '{recipe.base}' can read")
 
 # %% ../nbs/08c_recipe.ipynb #56fdea1d
 def adapted_base(
@@ -269,8 +278,7 @@ def adapted_base(
     "Load the base and adapt it."
     half = [dtype for key, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16}.items() if recipe.training.get(key)]
     model, tokenizer = load_base(recipe.base, *half or [torch.float32])
-    limit = max_positions(model)
-    if limit and recipe.data.cutoff > limit: raise ValueError(f"data.cutoff={recipe.data.cutoff} is more than the {limit} tokens that base '{recipe.base}' can read")
+    check_cutoff(recipe, model)
     transformers.set_seed(seed)
     try: return peft.get_peft_model(model, adapter_config(recipe.adapter)), tokenizer
     except ValueError as error: raise ValueError(f"adapter: {error}") from error

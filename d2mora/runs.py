@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from .data import first_line
 from .recipe import Recipe, load_recipe
 
 # %% ../nbs/08d_runs.ipynb #2b9731fc
@@ -45,9 +46,9 @@ def writing(
     "Turn a failure to write into one line that says what is still good."
     try: yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free, reason = shutil.disk_usage(final.parent).free, next(iter(str(error).splitlines()), type(error).__name__)
+        free = shutil.disk_usage(final.parent).free
         if aside: shutil.rmtree(aside, ignore_errors=True)
-        raise ValueError(f"{final} cannot be written ({free / 2**20:.1f} MiB free on its disk): {reason[:200]}; "
+        raise ValueError(f"{final} cannot be written ({free / 2**20:.1f} MiB free on its disk): {first_line(error)}; "
                          "earlier checkpoints are untouched: make room and go on with --resume") from error
 
 # %% ../nbs/08d_runs.ipynb #a0ac3964
