@@ -1,0 +1,183 @@
+"""Small random models of many families, Conv1D and bitsandbytes among them: adapted by default targets, trained, saved, loaded, generating, exported."""
+
+import warnings
+from unittest.mock import patch
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import d2mora
+from d2mora import tuner
+from d2mora.deploy import calibrate, static_lora
+from helpers import difference, fill, tiny_llama, tokens
+from test_deploy import held, rows
+
+SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+             pad_token_id=0, bos_token_id=1, eos_token_id=2)
+QKV = {"q_proj", "k_proj", "v_proj"}
+FAMILIES = {  # configuration and the layers that are adapted when none are named
+    "llama 2": (transformers.LlamaConfig(**SIZES), QKV),
+    "llama 3": (transformers.LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}), QKV),
+    "mistral": (transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8), QKV),
+    "qwen 2": (transformers.Qwen2Config(**SIZES, num_key_value_heads=2), QKV),
+    "qwen 3": (transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16), QKV),
+    "gemma": (transformers.GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=16), QKV),
+    "gemma 2": (transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16), QKV),
+    "phi": (transformers.PhiConfig(**SIZES), QKV | {"fc1", "fc2"}),
+    "phi 3": (transformers.Phi3Config(**SIZES), {"qkv_proj"}),
+    "gpt 2": (transformers.GPT2Config(vocab_size=97, n_positions=128, n_embd=64, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2), {"c_attn"}),
+}
+
+
+def small(name):
+    "A base of a family, the same each time."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(FAMILIES[name][0]).eval()
+
+
+def config(**fields):
+    return d2mora.D2MoraConfig(**{**dict(r=2, num_down_experts=2, num_up_experts=3, task_type="CAUSAL_LM"), **fields})
+
+
+def adapted_layers(model):
+    return {name.rpartition(".")[-1] for name, m in model.named_modules() if isinstance(m, tuner.D2MoraLinear)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name, tmp_path):
+    base, ids = small(name), tokens()
+    with torch.no_grad(): before = base(ids).logits
+    model = peft.get_peft_model(base, config())
+    assert adapted_layers(model) == FAMILIES[name][1]
+    assert difference(model(ids).logits, before) < 1e-5  # B = 0
+    fill(model, std=0.2)
+    losses = train_steps(model, ids, 5)
+    assert losses[-1] < losses[0] and difference(model.eval()(ids).logits, before) > 1e-2
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(small(name), tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert written.shape[1] > ids.shape[1] and torch.equal(written, loaded.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False))
+    check_export(model, ids, tmp_path / "lora", small(name))
+
+
+def train_steps(model, ids, steps):
+    "Losses of some optimizer steps, the orthogonality gradient among them."
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    d2mora.attach_orthogonality(model, optimizer)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward(), optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def check_export(model, ids, folder, fresh):
+    "The static LoRA is what the held routers give, before and after a trip through stock PEFT, and merged."
+    moments = calibrate(model, rows())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fan_in_fan_out")
+        static = static_lora(model, moments, "mean")
+    static.save_pretrained(folder)
+    loaded = peft.PeftModel.from_pretrained(fresh, folder).eval()
+    with torch.no_grad():
+        with patch.object(tuner, "route", held(model, moments)): expected = model(ids).logits
+        for answer in (static(ids).logits, loaded(ids).logits, loaded.merge_and_unload()(ids).logits):
+            assert difference(answer, expected) < 1e-3 * expected.abs().max()
+        assert difference(model(ids).logits, expected) > 1e-4
+
+
+@pytest.mark.parametrize("kind, target", [("embedding", "embed_tokens"), ("convolution", "conv")])
+def test_layers_that_are_not_linear_are_refused(kind, target):
+    base = tiny_llama()
+    base.model.conv = nn.Conv1d(4, 4, 3)
+    with pytest.raises(ValueError, match=f"layer '.*{target}': D2MoRA adapts linear layers only, not a .*: take it out of target_modules"):
+        peft.get_peft_model(base, config(target_modules=["q_proj", target]))
+
+
+def test_unknown_architecture_asks_for_targets():
+    class Own(nn.Module):
+        config = {"model_type": "own"}
+
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+    with pytest.raises(ValueError, match="target_modules"): peft.get_peft_model(Own(), config(task_type=None))
+    assert adapted_layers(peft.get_peft_model(Own(), config(task_type=None, target_modules=["first"]))) == {"first"}
+
+
+# --- bitsandbytes -------------------------------------------------------------------------------------------------------------------
+
+BITS = {"8 bits": dict(load_in_8bit=True), "4 bits": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    "A base on the disk; its widths are multiples of 64, as bitsandbytes' CPU kernels want them."
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing: pip install 'd2mora[quantized]'")
+    folder = tmp_path_factory.mktemp("stored")
+    tiny_llama(intermediate_size=128).save_pretrained(folder)
+    return folder
+
+
+def quantized(folder, bits):
+    quantization = transformers.BitsAndBytesConfig(**BITS[bits])
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map="cpu", dtype=torch.float32).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", BITS)
+def test_experts_run_on_quantized_layers(bits, stored, tmp_path):
+    base, ids = quantized(stored, bits), tokens()
+    with torch.no_grad(): base(ids), (before := base(ids).logits)  # the first pass packs the weights
+    model = peft.get_peft_model(base, config(target_modules="all-linear"))
+    layers = [m for m in model.modules() if isinstance(m, tuner.D2MoraLinear)]
+    assert len(layers) == 14 and all(type(m.base_layer).__name__ in ("Linear8bitLt", "Linear4bit") and not m.base_layer.weight.is_floating_point() for m in layers)
+    with torch.no_grad(): assert difference(model(ids).logits, before) < 1e-5
+    fill(model, std=0.2)
+    with torch.no_grad(): assert difference(model(ids).logits, before) > 1e-2
+    whole = {n: m.weight.clone() for n, m in model.named_modules() if n.endswith("base_layer")}
+    model(input_ids=ids, labels=ids).loss.backward()
+    for m in layers:  # every expert and every router is in the graph, and the frozen weight is not
+        for part in m.adapter_layer_names: assert getattr(m, part)["default"].grad.abs().max() > 0
+        assert m.base_layer.weight.grad is None
+    losses = train_steps(model, ids, 4)
+    assert losses[-1] < losses[0] and all(torch.equal(m.weight, whole[n]) for n, m in model.named_modules() if n.endswith("base_layer"))
+    model.eval().save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(quantized(stored, bits), tmp_path).eval()
+    with torch.no_grad(): loaded(ids), model(ids)
+    assert difference(loaded(ids).logits, model(ids).logits) < 1e-2 < difference(model(ids).logits, before)
+    assert model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", BITS)
+def test_quantized_base_is_exported_unmerged(bits, stored):
+    model, ids = fill(peft.get_peft_model(quantized(stored, bits), config()), std=0.2).eval(), tokens()
+    moments = calibrate(model, rows())
+    static = static_lora(model, moments, "mean")
+    with torch.no_grad(), patch.object(tuner, "route", held(model, moments)): expected = model(ids).logits
+    with torch.no_grad(): assert difference(static(ids).logits, expected) < 2e-2 < difference(model.get_base_model()(ids).logits, expected) + 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_on_a_quantized_folder(stored, tmp_path):
+    "A base that was saved in 4 bits is a base like others: recipe, training, grading."
+    from d2mora.evaluate import evaluate
+    from d2mora.recipe import load_recipe
+    from d2mora.tasks import toy_base
+    from d2mora.train import train
+
+    transformers.AutoModelForCausalLM.from_pretrained(toy_base(), quantization_config=transformers.BitsAndBytesConfig(**BITS["4 bits"]), device_map="cpu").save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(toy_base()).save_pretrained(tmp_path / "base")
+    recipe = load_recipe("demo", {"base": str(tmp_path / "base"), "training.max_steps": 3, "data.tasks": ["boolq"], "training.disable_tqdm": True})
+    result = evaluate(train(recipe, tmp_path / "run"), limit=4)
+    assert result["tasks"]["boolq"]["n"] == 4
