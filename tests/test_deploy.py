@@ -62,6 +62,7 @@ def test_fitted_map_is_the_best_there_is(pairing):
     error = lambda W: torch.trace(W @ m["hh"] @ W.T) - 2 * torch.trace(W @ m["eh"].T @ Bt.T)  # E|B e - W h|² but for a constant
     best = error(Bt @ K)
     for _ in range(20): assert error(Bt @ (K + 0.01 * torch.randn_like(K))) > best
+    assert error(0.97 * Bt @ K) > best < error(1.03 * Bt @ K)
     down, up = deploy.low_rank(K, m["hh"], A, B, 1)
     cut = down @ torch.linalg.pinv(A2)
     for _ in range(20): assert error((up + 0.02 * torch.randn_like(up)) @ cut) >= error(up @ cut) - 1e-12
