@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['versions', 'fitted', 'app', 'hush', 'train', 'print_plan', 'evaluate', 'print_answers', 'print_result',
-           'print_comparison', 'free_folder', 'demo', 'explained', 'main']
+           'print_comparison', 'free_folder', 'demo', 'words', 'compare', 'export', 'explained', 'main']
 
 # %% ../nbs/cli.ipynb #1a69c189
 import platform
@@ -91,7 +91,6 @@ def train(recipe, overrides, output, resume, dry_run, tokenizer, gpus):
     from d2mora.recipe import load_recipe
     from d2mora.runs import main_process, validation_losses
     from d2mora.train import train
-
     run = train(load_recipe(recipe, overrides), output, resume=resume)
     if not main_process(): return
     draw(run)
@@ -192,6 +191,69 @@ def demo(overrides, output):
 
     folder = output or free_folder()  # the first of runs/demo, runs/demo-2, … that is free
     click.echo(fitted(run(load_recipe("demo", overrides), folder)))
+
+# %% ../nbs/cli.ipynb #c0a2e002
+def words(text: str, kind: type = str) -> list:
+    "A comma-separated list, each part in its type."
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try: return [kind(part) for part in parts]
+    except ValueError: raise click.UsageError(f"'{text}' is not a list of {'whole numbers' if kind is int else 'numbers'} with commas between")
+
+
+@app.command(short_help="Train and grade several methods with several seeds.")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[base=NAME] [section.key=value ...]")
+@click.option("--methods", default="lora,dora,one-to-one,one-to-many,d2mora-no-loss,d2mora", show_default=True)
+@click.option("--seeds", default="0,1,2,3,4", show_default=True)
+@click.option("--budget", default="equal", show_default=True, help="equal (parameters) or paper (its proportions).")
+@click.option("--learning-rates", default="", help="To choose from; default: a third of the recipe's, it, three times it.")
+@click.option("--protocols", default="choice", show_default=True)
+@click.option("--limit", type=int, help="Grade only the first rows of each task.")
+@click.option("--single-task", "single", is_flag=True, help="Also one adapter for each task.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for all runs; a comparison in it goes on.")
+def compare(recipe, overrides, methods, seeds, learning_rates, protocols, output, **options):
+    """Compare methods at the size of RECIPE's D2MoRA: each chooses its learning rate on training
+    rows set aside, then trains with every seed. Writes OUTPUT/comparison-BUDGET.json, .md, .png.
+
+    \b
+    Example:
+      d2mora compare demo-hard --methods lora,d2mora --seeds 0,1,2 --output runs/toy-hard
+    """
+    from d2mora.compare import compare
+    from d2mora.recipe import load_recipe
+    from d2mora.verdicts import comparison_report
+
+    result = compare(load_recipe(recipe, overrides), output, tuple(words(methods)), words(seeds, int),
+                     learning_rates=words(learning_rates, float), protocols=tuple(words(protocols)), **options)
+    click.echo(f"{comparison_report(result)}\n\nwritten: {output/('comparison-' + result['budget'])}.json, .md, .png; the runs beside them")
+
+# %% ../nbs/cli.ipynb #6a766262
+@app.command(short_help="Make a plain LoRA of an adapter, for any LoRA server.")
+@click.argument("target", metavar="RUN_OR_ADAPTER")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--rank", type=int, help="Rank of the LoRA; default: all there is, min(M, N) * r.")
+@click.option("--form", help="mean, fitted or distilled; default: the one that keeps most predictions.")
+@click.option("--distill", default=0, metavar="STEPS", help="Also train the LoRA that long to predict as the adapter does; 100 is a good start.")
+@click.option("--learning-rate", type=float, help="Of --distill; default: the run's.")
+@click.option("--per-task", is_flag=True, help="One LoRA for each task, in DIR/TASK.")
+@click.option("--merge", is_flag=True, help="Write a whole model with the LoRA merged into it.")
+@click.option("--data", help="Folder of tasks, toy or toy-hard; default: the run's.")
+@click.option("--tasks", help="Comma-separated; default: the run's.")
+@click.option("--base", help="A base in place of the one that the adapter names.")
+@click.option("--rows", default=100, show_default=True, help="Training rows a task to calibrate on.")
+@click.option("--limit", default=100, show_default=True, help="Test rows a task to measure with.")
+def export(target, folder, tasks, **options):
+    """Make a plain LoRA of RUN_OR_ADAPTER in DIR, say what it costs and which form to take.
+
+    \b
+    Examples:
+      d2mora export runs/demo lora --rank 3 --distill 100
+      d2mora export runs/demo model --merge
+    """
+    from d2mora.deploy import export, summary_of
+
+    found = export(target, folder, tasks=words(tasks) if tasks else None, **options)
+    click.echo(fitted(summary_of(found, folder)))
 
 # %% ../nbs/cli.ipynb #0a2ddb33
 def explained(
