@@ -255,16 +255,16 @@ def load_base(
 
 # %% ../nbs/08c_recipe.ipynb #807f7fc5
 def max_positions(
-    model: transformers.PreTrainedModel | transformers.PreTrainedConfig,  # or its configuration alone
+    model: torch.nn.Module | transformers.PreTrainedConfig,  # or its configuration alone
 ) -> int | None:  # tokens; None if its configuration does not say
     "How many tokens a model can read."
-    config = model if isinstance(model, transformers.PreTrainedConfig) else model.config
+    config: Any = model if isinstance(model, transformers.PreTrainedConfig) else model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_cutoff(
     recipe: Recipe,  # base and cutoff
-    model: transformers.PreTrainedModel | transformers.PreTrainedConfig,  # the base, or its configuration alone
+    model: torch.nn.Module | transformers.PreTrainedConfig,  # the base, or its configuration alone
 ) -> None:
     "Refuse rows that are longer than the base can read."
     limit = max_positions(model)

@@ -6,6 +6,7 @@
 __all__ = ['orthogonality_parts', 'D2MoraTrainer', 'row_losses', 'mean_loss', 'with_mean', 'FairTrainer']
 
 # %% ../nbs/08b_trainer.ipynb #371b9d3e
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -41,7 +42,7 @@ class D2MoraTrainer(transformers.Trainer):
 
 # %% ../nbs/08b_trainer.ipynb #662ee60e
 def row_losses(
-    model: nn.Module,  # a causal language model
+    model: Callable,   # a causal language model
     inputs: dict,      # a padded batch with labels (rows, tokens)
 ) -> Tensor:           # for each row the sum of its losses (nats) and its graded tokens, (rows, 2)
     "Grade each row by itself."
