@@ -16,7 +16,7 @@ PROMPTS = "() => [...document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hi
 
 def copy_notebooks(folder: Path  # an empty folder
                    ) -> None:
-    "A copy to work in, since JupyterLab saves; cells flagged slow or gpu are emptied."
+    "A copy to work in, since JupyterLab saves; cells flagged slow or gpu are emptied, folded ones unfolded: their prompt tells when they have run."
     shutil.copytree(NBS, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "_quarto.yml"))
     shutil.copytree(NBS.parent / "benchmarks" / "results", folder.parent / "benchmarks" / "results")  # which notebooks replay
     for path in folder.glob("*.ipynb"):
@@ -24,6 +24,7 @@ def copy_notebooks(folder: Path  # an empty folder
         for cell in nb.cells:
             if cell.cell_type == "code":
                 cell.outputs = []
+                cell.metadata.pop("jupyter", None)
                 if SKIPPED.search(cell.source): cell.source = ""
         nbformat.write(nb, path)
 
