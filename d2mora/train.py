@@ -117,7 +117,6 @@ def check_device(
 def training_arguments(
     recipe: Recipe,  # its `training:` section
     output: Path,    # the run folder
-    resumed: bool = False,  # a resumed run has validated its beginning already
 ) -> TrainingArguments:
     "The recipe's training arguments with the few that are ours."
     training, validates = recipe.training, recipe.data.validation_rows > 0
@@ -126,7 +125,7 @@ def training_arguments(
     check_device(training)
     usual = {"report_to": "none", "disable_tqdm": False, "dataloader_pin_memory": torch.cuda.is_available(),
              "include_num_input_tokens_seen": "non_padding", "ddp_find_unused_parameters": False}
-    ours = {"output_dir": str(output/"checkpoints"), "remove_unused_columns": False, "eval_on_start": validates and not resumed, "logging_nan_inf_filter": False}
+    ours = {"output_dir": str(output/"checkpoints"), "remove_unused_columns": False, "eval_on_start": validates, "logging_nan_inf_filter": False}
     try: return TrainingArguments(**usual | training | ours | sampling_arguments(recipe.data))
     except (ValueError, TypeError, ImportError, RuntimeError) as error: raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
 
