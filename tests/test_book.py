@@ -56,7 +56,7 @@ def test_code_and_names_reach_the_page(site):
 
 def test_reference_has_signatures_arguments_and_sources(site):
     text = re.sub(r"<[^>]+>", "", (site / "api_tuner.html").read_text(encoding="utf-8"))
-    assert "rank of every expert" in text and "convert_official_checkpoint(" in text and "D2MoraConfig(peft.PeftConfig)" in text
+    assert "rank of every expert" in text and "router_widths(" in text and "D2MoraConfig(peft.PeftConfig)" in text
     lines = (ROOT / "d2mora" / "tuner.py").read_text(encoding="utf-8").splitlines()
     links = re.findall(r"tuner\.py#L(\d+)-L(\d+)", (site / "api_tuner.html").read_text(encoding="utf-8"))
     assert len(links) > 10 and all(re.match(r"def |class |[A-Z]|@", lines[int(first) - 1]) for first, _ in links)
