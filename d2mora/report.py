@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'NAMES', 'NOTE', 'wilson_interval', 'average_interval', 'm
            'calibration_error', 'mcnemar', 'holm', 'row_hash', 'read_graded', 'pairs', 'paired', 'disagreements',
            'write_disagreements', 'text_table', 'percent', 'span', 'verdict', 'paired_table', 'summary', 'results',
            'result_table', 'group_of', 'groups', 'mean_std', 'seeds_table', 'comparison', 'paper_rows', 'paper_table',
-           'draw_results', 'loss_table', 'how', 'report']
+           'draw_results', 'loss_table', 'how', 'picture_lines', 'report']
 
 # %% ../nbs/09b_report.ipynb #ee39f357
 import json
@@ -336,6 +336,18 @@ def how(result: dict) -> str:
     return ", ".join([*parts, *(f"{name} {version}" for name, version in result["versions"].items())])
 
 
+def picture_lines(
+    plots: Path,  # a run's pictures
+) -> list[str]:   # Markdown
+    "Each picture with the description that it carries, and links to the pages beside them."
+    from PIL import Image
+    lines = []
+    for path in sorted(plots.glob("*.png")):
+        with Image.open(path) as picture: told = picture.info.get("Description") or path.stem.replace("_", " ").replace("-", " ")
+        lines.append(f"![{' '.join(told.translate({91: '(', 93: ')'}).split())}](plots/{path.name})")
+    return lines + [f"[{path.stem}: a page to point at](plots/{path.name})" for path in sorted(plots.glob("*.html"))]
+
+
 def report(
     run: Path,  # a run's or adapter's folder
 ) -> str:       # Markdown
@@ -346,5 +358,5 @@ def report(
     graded = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("evaluation-*.json"))]
     for result in graded: parts += [f"## Protocol {result['protocol']}", how(result), result_table(result)]
     if graded: parts += ["## The paper's rows", paper_table(), NOTE]
-    pictures = [f"![{p.stem.replace('_', ' ').replace('-', ' ')}](plots/{p.name})" for p in sorted((run/"plots").glob("*.png"))]
+    pictures = picture_lines(run/"plots")
     return "\n\n".join(parts + (["## Pictures", *pictures] if pictures else [])) + "\n"
