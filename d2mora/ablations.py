@@ -118,7 +118,7 @@ def means_of(
     "Each task's mean routing weights."
     return {task: {layer: {side: own[side][t] for side in ("down", "up") if side in own} for layer, own in routing.items()} for t, task in enumerate(tasks)}
 
-# %% ../nbs/11c_ablations.ipynb #f89f7f88
+# %% ../nbs/11c_ablations.ipynb #8a5c86be
 def draw_ablations(
     found: dict[str, dict[str, dict]],  # from `ablate`
 ):                                      # a matplotlib Figure
@@ -146,5 +146,5 @@ def _most_missed(found, names, tasks):
     means = {name: sum(found[name][t]["change"] for t in tasks) / len(tasks) for name in names}
     cut = {n.removeprefix("without "): m for n, m in means.items() if n.startswith("without")}
     most, least = (pick(cut, key=cut.__getitem__, default=None) for pick in (min, max))
-    parts = [f"Most missed is {most} ({points(cut[most])} points), least {least} ({points(cut[least])})"] if cut else []
+    parts = [f"Most missed is {most} ({points(cut[most])} points of accuracy), least {least} ({points(cut[least])})"] if cut else []
     return "; ".join(parts + [f"{name} {points(means[name])}" for name in ("uniform routers", "one mix per task") if name in means])

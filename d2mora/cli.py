@@ -94,8 +94,7 @@ def train(recipe, overrides, output, resume, dry_run, tokenizer, gpus):
     from d2mora.train import train
     run = train(load_recipe(recipe, overrides), output, [Watch()], resume=resume)
     if not main_process(): return
-    draw(run)
-    write_text(run/"report.md", report(run))
+    draw(run), write_text(run/"report.md", report(run))
     if validation_losses(run): click.echo(fitted(loss_table(run)))
     click.echo(f"adapter: {run/'adapter'}\nreport:  {run/'report.md'}, pictures in {run/'plots'}\nnext:    d2mora evaluate {run}")
 

@@ -20,7 +20,7 @@ from .recipe import Recipe, load_recipe, max_positions
 from .routing import draw_effective, draw_layers, draw_meetings, draw_routers, draw_tokens, routing_by_task, token_map, write_page
 from .tasks import training_prompt
 
-# %% ../nbs/11e_diagnose.ipynb #319e5a52
+# %% ../nbs/11e_diagnose.ipynb #b4ee6973
 def draw_accuracy(
     before: dict,  # of the frozen base, from `evaluate`
     after: dict,   # of the adapter, from `evaluate`
@@ -36,12 +36,12 @@ def draw_accuracy(
         ax.set(ylim=(0, 102), ylabel="accuracy (%), 95 % interval", xticks=ticks)
         ax.set_xticklabels(after["tasks"], rotation=30, ha="right"), ax.grid(axis="x", visible=False)
         figure.legend(loc="outside lower center", ncols=3)
-    return headline(figure, f"Accuracy goes from {100 * before['average']:.0f} % to {100 * after['average']:.0f} %, mean of {len(ticks)} task{'s' * (len(ticks) > 1)}",
+    return headline(figure, f"Accuracy goes from {100 * before['average']:.1f} % to {100 * after['average']:.1f} %, mean of {len(ticks)} task{'s' * (len(ticks) > 1)}",
                     f"Two bars a task, frozen base and adapter, with 95 % intervals and a mark at chance; tasks: {', '.join(after['tasks'])}")
 
-# %% ../nbs/11e_diagnose.ipynb #bae62a30
+# %% ../nbs/11e_diagnose.ipynb #f17d51ec
 ROUTING_ROWS = 32   # training rows a task that router pictures are made of
-ABLATION_ROWS = 32  # test rows a task that ablations are graded on
+ABLATION_ROWS = 24  # test rows a task that ablations are graded on
 
 
 def first_rows(

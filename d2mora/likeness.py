@@ -159,7 +159,7 @@ def _likeness_panel(ax, found, kind, side, measure, colors):
     if measure == "overlap" and random: ax.axhline(random[0], color=colors["text"], ls=":", lw=1, label="two random subspaces")
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-# %% ../nbs/11_likeness.ipynb #07afe15c
+# %% ../nbs/11_likeness.ipynb #b1568e4d
 def most_alike(found: list[dict], side: str) -> tuple[float, dict, tuple[int, int]]:
     "The pair of a side with the largest |cosine|: it, its layer, its two experts."
     own = [(f["cosine"] - np.eye(len(f["cosine"])), f) for f in found if f["side"] == side]
@@ -199,6 +199,7 @@ def _pairs_table(ax, found, top):
     count = len(found["cosine"])
     image, names = heat(ax, np.where(np.eye(count), np.nan, found["cosine"]), MAPS[found["side"]], top), expert_names(found["side"], count)
     ax.set_facecolor("#dddddd")
+    for k in range(count): ax.text(k, k, "–", ha="center", va="center")
     ax.set(title=f"pairs in block {found['block']} {found['kind']}", xticks=range(count), yticks=range(count))
     ax.set_xticklabels(names), ax.set_yticklabels(names)
     return image

@@ -86,7 +86,7 @@ def heat(
     ax.grid(False)
     return image
 
-# %% ../nbs/11_pictures.ipynb #ca5f6aa1
+# %% ../nbs/11_pictures.ipynb #ee846cdc
 def save_picture(
     figure,        # with a `headline`
     folder: Path,  # where to
@@ -97,5 +97,6 @@ def save_picture(
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"svg.hashsalt": name}):
         figure.savefig(folder / f"{name}.svg", metadata={"Description": figure.get_label(), "Date": None})
+    figure.set_layout_engine("none")  # it is laid out now
     figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Description": figure.get_label()})
     return folder / f"{name}.png"
