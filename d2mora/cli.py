@@ -89,12 +89,12 @@ def train(recipe, overrides, output, resume, dry_run, tokenizer, gpus):
     from d2mora.alarms import Watch
     from d2mora.diagnose import draw
     from d2mora.evaluate import loss_table, report, write_text
-    from d2mora.recipe import load_recipe
     from d2mora.runs import main_process, validation_losses
-    from d2mora.train import train
+    from d2mora.train import load_recipe, train
     run = train(load_recipe(recipe, overrides), output, [Watch()], resume=resume)
     if not main_process(): return
-    draw(run), write_text(run/"report.md", report(run))
+    draw(run)
+    write_text(run/"report.md", report(run))
     if validation_losses(run): click.echo(fitted(loss_table(run)))
     click.echo(f"adapter: {run/'adapter'}\nreport:  {run/'report.md'}, pictures in {run/'plots'}\nnext:    d2mora evaluate {run}")
 
