@@ -120,7 +120,7 @@ def test_narrow_terminal_and_no_colour(tmp_path):
     import termios
 
     command = [sys.executable, "-m", "d2mora.cli", "evaluate", "--base", "toy", "--data", "toy", "--tasks", "boolq", "--limit", "4"]
-    env = os.environ | {"NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}  # the terminal itself is asked
     piped = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
@@ -139,7 +139,7 @@ def test_narrow_terminal_and_no_colour(tmp_path):
 
 
 # ---- what is declared ----
-IMPORT_NAMES = {"yaml": "pyyaml", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
+IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
 
 
 def declared(key):
