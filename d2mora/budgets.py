@@ -6,15 +6,12 @@
 __all__ = ['METHODS', 'BUDGETS', 'adapter_of', 'trained_parameters', 'nearest_size', 'grown', 'equal_size', 'paper_size',
            'adapters_at']
 
-# %% ../nbs/12_budgets.ipynb #6f1d3a69
+# %% ../nbs/12_budgets.ipynb #1953726a
 from collections.abc import Callable
+from dataclasses import replace
 
-import torch
-from accelerate import init_empty_weights
-from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from .recipe import Recipe, adapter_config, base_folder
+from .footprint import bare_model, base_shape
+from .recipe import Recipe
 from .tasks import nearest
 
 # %% ../nbs/12_budgets.ipynb #dcb4b0b1
@@ -37,14 +34,13 @@ def adapter_of(
     sizes = dict(pairing=method, num_down_experts=experts[0], num_up_experts=experts[1], r=r, lora_alpha=alpha)
     return ours | sizes | {"orthogonality_weight": 0.0}
 
-# %% ../nbs/12_budgets.ipynb #9281f59c
+# %% ../nbs/12_budgets.ipynb #e3190fb7
 def trained_parameters(
-    base: str,      # as in a recipe
-    adapter: dict,  # an `adapter:` section
+    recipe: Recipe,
+    adapter: dict | None = None,  # another `adapter:` section; default: the recipe's
 ) -> int:
     "Parameters that training would change."
-    config = AutoConfig.from_pretrained(base_folder(base))
-    with init_empty_weights(): model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter_config(adapter))
+    model = bare_model(base_shape(recipe.base), replace(recipe, adapter=adapter or recipe.adapter))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../nbs/12_budgets.ipynb #791ea621
@@ -56,21 +52,22 @@ def nearest_size(
     one, two = size_of(1), size_of(2)
     return max(1, round(1 + (target - one) / (two - one)))
 
-# %% ../nbs/12_budgets.ipynb #e2463f3a
+# %% ../nbs/12_budgets.ipynb #8bea6aaf
 def grown(ours: dict, method: str, k: int, r: int) -> dict:
     "A method whose number is `k`; experts have rank `r`."
     if method in ("lora", "dora"): return adapter_of(ours, method, r=k)
     return adapter_of(ours, method, {"one-to-one": (k, k), "one-to-many": (1, k)}.get(method, (1, 1)), r)
 
-def equal_size(base: str, ours: dict, method: str) -> dict:
-    "A method with as many parameters as `ours`: experts of the same rank if that comes within 3 %, else of a neighbouring rank."
-    r, target, found = ours["r"], trained_parameters(base, ours), {}
+def equal_size(recipe: Recipe, method: str) -> dict:
+    "A method with as many parameters as the recipe's adapter: experts of the same rank if that comes within 3 %, else of a neighbouring rank."
+    ours, target, found = recipe.adapter, trained_parameters(recipe), []
+    r = ours["r"]
     for rank in (r, r + 1, max(1, r - 1)):
-        size_of = lambda k: trained_parameters(base, grown(ours, method, k, rank))
+        size_of = lambda k: trained_parameters(recipe, grown(ours, method, k, rank))
         adapter = grown(ours, method, nearest_size(size_of, target), rank)
-        off = found[rank] = abs(trained_parameters(base, adapter) / target - 1), adapter
-        if off[0] < 0.03: return adapter
-    return min(found.values(), key=lambda pair: pair[0])[1]
+        found.append((abs(trained_parameters(recipe, adapter) / target - 1), adapter))
+        if found[-1][0] < 0.03: return adapter
+    return min(found, key=lambda pair: pair[0])[1]
 
 def paper_size(ours: dict, method: str) -> dict:
     "A method in the proportion that the paper gives it: LoRA r 64, one-to-one 8 pairs of r 8, one-to-many N 8 of r 12, D2MoRA r 8."
@@ -89,4 +86,4 @@ def adapters_at(
     ours = recipe.adapter
     if ours["peft_type"] != "D2MORA": raise ValueError(f"adapter.peft_type={ours['peft_type']}: methods are sized after a D2MORA adapter; name such a recipe")
     fixed = lambda m: m.startswith("d2mora") or budget == "paper"
-    return {m: paper_size(ours, m) if fixed(m) else equal_size(recipe.base, ours, m) for m in methods}
+    return {m: paper_size(ours, m) if fixed(m) else equal_size(recipe, m) for m in methods}

@@ -6,7 +6,7 @@
 __all__ = ['CHOOSING_SEED', 'SET_ASIDE', 'before_after_table', 'run', 'varied', 'grade', 'one_run', 'held_out_loss',
            'choose_rate', 'best_rate', 'single_tasks', 'check_comparison', 'run_all', 'compare', 'about_comparison']
 
-# %% ../nbs/12b_compare.ipynb #7c1f6ece
+# %% ../nbs/12b_compare.ipynb #e41c37bb
 import copy
 import json
 import sys
@@ -25,10 +25,10 @@ from .evaluate import PROTOCOLS, evaluate
 from .likeness import as_model, likeness, overall
 from .recipe import Recipe, check_training
 from .report import percent, report, text_table
-from .runs import validation_losses, write_text
+from .runs import begun, locked, validation_losses, whole_file, write_text
 from .tasks import TASKS, nearest, toy_base
 from .train import train
-from .verdicts import comparison_report, draw_comparison
+from .verdicts import chosen, comparison_report, draw_comparison
 
 # %% ../nbs/12b_compare.ipynb #7e7ddd7e
 def before_after_table(
@@ -98,7 +98,7 @@ def one_run(
     limit: int | None = None,        # rows a task that are graded
 ) -> dict:                           # parameters, grades by protocol, held-out losses, likeness of A's and of B's
     "Train and grade; the figures that a comparison needs."
-    train(recipe, folder, resume=(folder/"recipe.yaml").is_file())
+    train(recipe, folder, resume=begun(folder))
     kept = ("n", "accuracy", "interval", "chance")
     grades = {p: grade(folder, p, limit) for p in protocols}
     found = likeness(as_model(folder)) if recipe.adapter["peft_type"] == "D2MORA" else []
@@ -107,13 +107,13 @@ def one_run(
             "grades": {p: {"average": g["average"], "tasks": {t: {k: own[k] for k in kept} for t, own in g["tasks"].items()}} for p, g in grades.items()},
             "held_out": {task: last for task, (_, last) in validation_losses(folder).items()}, "alike": {s: v for s, v in alike.items() if v == v}}
 
-# %% ../nbs/12b_compare.ipynb #43e1d06e
+# %% ../nbs/12b_compare.ipynb #9b6aa358
 CHOOSING_SEED, SET_ASIDE = 1000, 400  # the seed, and the rows set aside, where the recipe has no validation rows of its own
 
 def held_out_loss(recipe: Recipe, folder: Path, rate: float) -> float:
     "Mean over tasks of the final loss on rows set aside."
     aside = recipe.data.validation_rows or SET_ASIDE
-    run = train(varied(recipe, validation_rows=aside, learning_rate=rate, seed=CHOOSING_SEED), folder, resume=(folder/"recipe.yaml").is_file())
+    run = train(varied(recipe, validation_rows=aside, learning_rate=rate, seed=CHOOSING_SEED), folder, resume=begun(folder))
     return mean(last for _, last in validation_losses(run).values())
 
 def choose_rate(
@@ -127,7 +127,7 @@ def choose_rate(
 
 def best_rate(losses: dict[str, float]) -> float:
     "The rate of the least loss."
-    return float(min(losses, key=losses.__getitem__))
+    return float(chosen(losses))
 
 # %% ../nbs/12b_compare.ipynb #f61d1f70
 def single_tasks(
@@ -182,12 +182,13 @@ def compare(
     usual = recipe.training.get("learning_rate", 5e-5)
     tried = list(learning_rates) or [usual / 3, usual, 3 * usual]
     adapters, equal = (adapters_at(recipe, b, methods) for b in (budget, "equal"))
-    rates = {m: choose_rate(varied(recipe, a), folder/"learning-rates"/m, tried) for m, a in equal.items()}
-    runs = run_all(recipe, folder/budget, adapters, rates, seeds, protocols, limit, single)
-    result = about_comparison(recipe, budget, limit) | {"methods": adapters, "learning_rates": rates, "runs": runs}
-    write_text(folder/f"comparison-{budget}.json", json.dumps(result, indent=1) + "\n")
-    write_text(folder/f"comparison-{budget}.md", comparison_report(result) + "\n")
-    draw_comparison(result).savefig(folder/f"comparison-{budget}.png", dpi=110)
+    with locked(folder):
+        rates = {m: choose_rate(varied(recipe, a), folder/"learning-rates"/m, tried) for m, a in equal.items()}
+        runs = run_all(recipe, folder/budget, adapters, rates, seeds, protocols, limit, single)
+        result = about_comparison(recipe, budget, limit) | {"methods": adapters, "learning_rates": rates, "runs": runs}
+        write_text(folder/f"comparison-{budget}.json", json.dumps(result, indent=1) + "\n")
+        write_text(folder/f"comparison-{budget}.md", comparison_report(result) + "\n")
+        with whole_file(folder/f"comparison-{budget}.png") as aside: draw_comparison(result).savefig(aside, dpi=110)
     return result
 
 # %% ../nbs/12b_compare.ipynb #25347b6c

@@ -296,7 +296,7 @@ def data():
     yield arrow((350, 197), (350, 226), kind="loss") + box(455, 248, 370, 38, "train.json: row 1: field 'output' is missing", "loss", 13, mono=True)
 
 
-@drawing("13_footprint", "A step without numbers", "The shape of a base becomes a model on the meta device; two and three layers of it get fake weights, take one step, and bytes and operations are counted; the difference is one layer, and a straight line gives the whole.", 860, 280)
+@drawing("09c_footprint", "A step without numbers", "The shape of a base becomes a model on the meta device; two and three layers of it get fake weights, take one step, and bytes and operations are counted; the difference is one layer, and a straight line gives the whole.", 860, 280)
 def footprint():
     yield box(95, 140, 150, 64, "config.json:\na shape, no weights", "frozen", 13) + arrow((172, 140), (205, 140))
     for y, n in ((75, 2), (205, 3)):

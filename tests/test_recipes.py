@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from d2mora.data import DataConfig
-from d2mora.footprint import bare_model, base_shape
+from d2mora.budgets import trained_parameters
+from d2mora.footprint import base_shape
 from d2mora.recipe import load_recipe, recipe_names
 
 PUBLISHED = {  # name: base, M, N, r
@@ -59,8 +60,7 @@ def test_mended_recipes_differ_only_where_they_say_so(name):
 
 
 def trained(name):
-    recipe = load_recipe(name, TOY)
-    return sum(p.numel() for p in bare_model(base_shape(recipe.base), recipe).parameters() if p.requires_grad)
+    return trained_parameters(load_recipe(name, TOY))
 
 
 SIZES = {"llama-7b-m3n8r8": 35.79, "llama-7b-m3n4r16": 45.23, "llama2-7b-m4n3r16": 45.62, "lora-r64": 50.33, "dora-r64": 50.72}
