@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -84,6 +85,7 @@ def file_problem(
 # %% ../nbs/08_data.ipynb #7639eb7e
 def first_line(error: BaseException) -> str:
     "What an error says, in 200 characters at most."
+    if "Weights only load failed" in str(error): return "a pickle that is damaged or holds more than tensors; it is not run: ask for safetensors"
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
@@ -105,7 +107,8 @@ def read_file(
     "Read one file by `datasets`."
     import datasets
     try:
-        with quiet(): rows = datasets.load_dataset("json", data_files=str(path), split="train")
+        with path.open("rb") as file: mark = file_digest(file, "sha256").hexdigest()[:16]  # `datasets` itself knows a changed file by its time alone
+        with quiet(): rows = datasets.load_dataset("json", mark, data_files=str(path), split="train")
     except Exception as error:
         problem = file_problem(path) or first_line(error)
         raise ValueError(f"{path}: {problem}; mend the file or leave its task out of data.tasks") from error

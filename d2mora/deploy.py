@@ -14,7 +14,6 @@ import copy
 import importlib.metadata
 import itertools
 import json
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from .evaluate import grade_rows, load_target, on_device, test_rows
 from .lora import project_down
 from .recipe import base_folder, load_recipe, max_positions
 from .report import paired, percent, results, span, text_table, wilson_interval
-from .runs import publish, write_text
+from .runs import locked, publish, remove, write_text, writing
 from .tasks import TASKS, evaluating, nearest
 from .tuner import PAIRINGS, D2MoraLinear, check_number, mixture
 
@@ -449,13 +448,13 @@ def export(
     model, tokenizer, config = load_target(target, base)
     tasks, (chosen, config) = check_tasks(config, tasks), adapt_settings(chosen, target, config, data, model)
     check_rank(model.peft_config["default"], chosen.rank)
-    job, aside = partial(export_one, on_device(model), tokenizer, config), folder.with_name(f".{folder.name}.tmp")
+    job, aside = partial(export_one, on_device(model), tokenizer, config), folder.with_name(f".{folder.name}.tmp")/"made"
     name = base or json.loads((adapter/"adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    try: found = {task: job([task], chosen, aside/task, name) for task in tasks} if per_task else {"": job(tasks, chosen, aside, name)}
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    publish(aside, folder)
+    with locked(aside.parent, folder):
+        remove(aside)  # of an export that was killed
+        with writing(folder, aside):
+            found = {task: job([task], chosen, aside/task, name) for task in tasks} if per_task else {"": job(tasks, chosen, aside, name)}
+            publish(aside, folder)
     return found
 
 # %% ../nbs/14_deploy.ipynb #1e626c89

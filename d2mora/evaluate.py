@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -42,6 +43,7 @@ from .report import NOTE, draw_results, loss_table, mean_chance, paper_table, pe
 from .tasks import ANSWER_PREFIX, PROMPT_STYLES, TASKS, TOY_WORLDS, evaluating, evaluation_prompt, nearest, parse_answer, row_answers
 from .cards import write_card
 from .recipe import load_base, load_recipe, max_positions
+from .runs import locked, whole_file, writing
 from .tuner import record_routing
 
 # %% ../nbs/10_evaluate.ipynb #0393a635
@@ -536,7 +538,7 @@ def set_aside(folder: Path, protocol: str) -> None:
 
 def append(path: Path, lines: list[dict]) -> None:
     "Add rows to a file, each a line."
-    with path.open("a", encoding="utf-8") as file: file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with writing(path), path.open("a", encoding="utf-8") as file: file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def part_file(folder: Path, protocol: str, rank: int) -> Path:
@@ -613,7 +615,7 @@ def write_results(
     write_text(folder/f"evaluation-{protocol}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     for part in folder.glob(f"evaluation-{protocol}.part-*.jsonl"): part.unlink()
     (folder/"plots").mkdir(exist_ok=True)
-    draw_results({folder.resolve().name: result}).savefig(folder/"plots"/f"evaluation-{protocol}.png", dpi=100)
+    with whole_file(folder/"plots"/f"evaluation-{protocol}.png") as aside: draw_results({folder.resolve().name: result}).savefig(aside, dpi=100)
     write_text(folder/"report.md", report(folder))
     if all((folder/name).is_file() for name in ("recipe.yaml", "metrics.jsonl", "adapter/README.md")): write_card(folder)
 
@@ -638,10 +640,11 @@ def evaluate(
     rows = test_rows(path, tasks, limit)
     settings = settings_of(model, protocol, PROTOCOLS[protocol].prompt or prompt or (config.prompt if config else "plain"))
     folder = Path(place) if (place := output or target) else None
-    done, keep = open_results(folder, settings, again, share)
-    found = done | everyone(grade_all(on_device(model), tokenizer, rows, settings, batch_size, done, keep, share, progress), share[1])
-    result = about(target, model, settings, path, limit, batch_size, share[1]) | results(graded := in_order(rows, found), rows)
-    if folder and share[0] == 0: write_results(folder, protocol, result, all_lines(graded, found))
+    with locked(folder) if folder and share[0] == 0 else nullcontext():
+        done, keep = open_results(folder, settings, again, share)
+        found = done | everyone(grade_all(on_device(model), tokenizer, rows, settings, batch_size, done, keep, share, progress), share[1])
+        result = about(target, model, settings, path, limit, batch_size, share[1]) | results(graded := in_order(rows, found), rows)
+        if folder and share[0] == 0: write_results(folder, protocol, result, all_lines(graded, found))
     return result
 
 # %% ../nbs/10_evaluate.ipynb #a63527a1

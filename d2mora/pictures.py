@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .runs import whole_file
+
 # %% ../nbs/11_pictures.ipynb #9f835655
 MEANING = ("down", "up", "router", "loss", "first", "second", "text", "frozen")  # of the eight colours of our style
 MAPS = {"down": "Blues", "up": "Oranges", "router": "Greens", "loss": "Purples", "change": "PuOr"}  # colour maps, light to dark but the last
@@ -96,7 +98,7 @@ def save_picture(
     import matplotlib.pyplot as plt
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"svg.hashsalt": name}):
-        figure.savefig(folder / f"{name}.svg", metadata={"Description": figure.get_label(), "Date": None})
+        with whole_file(folder / f"{name}.svg") as aside: figure.savefig(aside, metadata={"Description": figure.get_label(), "Date": None})
     figure.set_layout_engine("none")  # it is laid out now
-    figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Description": figure.get_label()})
+    with whole_file(folder / f"{name}.png") as aside: figure.savefig(aside, dpi=110, metadata={"Description": figure.get_label()})
     return folder / f"{name}.png"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .evaluate import forward, padded
 from .likeness import main_kinds, place_of
 from .pictures import MAPS, canvas, expert_names, headline, heat, ink, shades
+from .runs import write_text
 from .tasks import evaluating, training_prompt
 from .tuner import record_routing
 
@@ -287,5 +288,5 @@ def router_page(
 def write_page(found: dict, path: Path) -> Path:
     "Write the page beside the pictures."
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(router_page(found), encoding="utf-8")
+    write_text(path, router_page(found))
     return path

@@ -7,6 +7,7 @@ __all__ = ['batch_rows', 'row_names', 'check_finite', 'scaler_copes', 'RunTraine
            'global_batch', 'make_trainer', 'save_adapter', 'begin_from', 'fit', 'at_last', 'train']
 
 # %% ../nbs/09_train.ipynb #779d67af
+import json
 import math
 import os
 import shutil
@@ -28,7 +29,7 @@ from .data import data_path, read_rows
 from .orthogonality import whole
 from .recipe import Recipe, adapted_base, load_recipe, read_recipe
 from .resume import Abandoned, StoppableTrainer, Stopper, last_checkpoint, listening, validated
-from .runs import MetricsWriter, ProgressBar, check_output, locked, main_process, publish, write_recipe, writing
+from .runs import MetricsWriter, ProgressBar, check_data, check_output, data_marks, locked, main_process, publish, write_recipe, write_text, writing
 from .trainer import mean_loss
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def check_device(
     asked += ["the launcher"] if flag or "LOCAL_RANK" in os.environ else []
     if asked and not torch.accelerator.is_available(): raise ValueError(f"{asked[0]} asks for a GPU, but torch {torch.__version__} sees none: {mend}")
 
-# %% ../nbs/09_train.ipynb #59744866
+# %% ../nbs/09_train.ipynb #af3b3232
 def training_arguments(
     recipe: Recipe,  # its `training:` section
     output: Path,    # the run folder
@@ -138,12 +139,12 @@ def global_batch(args: TrainingArguments) -> str:
 # %% ../nbs/09_train.ipynb #20734668
 def make_trainer(
     recipe: Recipe,           # what to train
+    rows: "Dataset",          # from `read_rows`
     output: Path,             # the run folder
     args: TrainingArguments,  # from `training_arguments`
     callbacks: Iterable[TrainerCallback] = (),  # more callbacks
 ) -> RunTrainer:              # ready to train
-    "Read rows, load and adapt the base, encode: whatever is wrong is found here, before anything is written."
-    rows = read_rows(data_path(recipe.data), recipe.data.tasks)
+    "Load and adapt the base, encode: whatever is wrong is found here, before anything is written."
     model, tokenizer = adapted_base(recipe, args.seed)
     with args.main_process_first(desc="tokenize"): ready = prepare(rows, recipe.data, tokenizer)
     if main_process(): print(f"{counts_table(ready.counts, recipe.data)}\n{global_batch(args)}", file=sys.stderr)
@@ -219,12 +220,14 @@ def train(
     check_output(output, recipe, resume)
     with locked(output) if main_process() else nullcontext():
         check_output(output, recipe, resume)  # again: from here on nobody else writes
+        rows = read_rows(data_path(recipe.data), recipe.data.tasks)
+        check_data(output, marks := data_marks(rows))
         if (output/"adapter").exists(): return print(f"{output.name}: this run is finished", file=sys.stderr) or output
         args, stopper = training_arguments(recipe, output), Stopper()
         checkpoint = begin_from(output, args) if resume else None
-        trainer = make_trainer(recipe, output, args, [stopper, *callbacks])
+        trainer = make_trainer(recipe, rows, output, args, [stopper, *callbacks])
         trainer.accelerator.wait_for_everyone()
-        if main_process(): write_recipe(recipe, output/"recipe.yaml")
+        if main_process(): write_recipe(recipe, output/"recipe.yaml"), write_text(output/"data.json", json.dumps(marks, indent=1) + "\n")
         fit(trainer, stopper, checkpoint)
         if trainer.eval_dataset and not (validated(trainer) and at_last(trainer)): trainer.evaluate()
         save_adapter(trainer, output)

@@ -281,7 +281,7 @@ def test_two_writers(tmp_path, capsys, whole):
     with locked(tmp_path / "run"):
         for words in ([], ["--resume"]):
             line = one_line(capsys, "train", "demo", *WORDS, "--output", tmp_path / "run", *words)
-            assert f"process {os.getpid()} is writing" in line
+            assert "another process is writing" in line
     assert not (tmp_path / "run").exists()
     train(recipe(), tmp_path / "run")
     assert same(tmp_path / "run", whole)
@@ -289,7 +289,7 @@ def test_two_writers(tmp_path, capsys, whole):
 
 def test_a_run_holds_its_folder_while_it_trains(tmp_path, capsys):
     def second(model):
-        with pytest.raises(ValueError, match="is writing to this run"):
+        with pytest.raises(ValueError, match="another process is writing"):
             train(recipe(), tmp_path / "run", resume=True)
 
     train(recipe(), tmp_path / "run", [At(3, second)])
