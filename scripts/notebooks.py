@@ -2,7 +2,7 @@
 
 usage: python scripts/notebooks.py [NAME.ipynb ...]     (a notebook that fails is left as it is; exit status 1)
 """
-import difflib, os, re, subprocess, sys, time
+import base64, difflib, io, os, re, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
@@ -36,6 +36,22 @@ def changes(before: dict,  # notebook
     return shown
 
 
+def smaller(picture: str  # a PNG, in base64
+            ) -> str:     # the same with 256 colours, where that takes less
+    "A plot's PNG in a palette: half the bytes or fewer, and no eye sees it."
+    from PIL import Image
+    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small := io.BytesIO(), format="png", optimize=True)
+    return min(picture, base64.b64encode(small.getvalue()).decode(), key=len)
+
+
+def kept(outputs: list  # of a cell that ran
+         ) -> list:     # what the notebook stores of them
+    "No bars and warnings, which name this machine and not the book; plots made small."
+    for o in outputs:
+        if "image/png" in o.get("data", {}): o["data"]["image/png"] = smaller(o["data"]["image/png"])
+    return [o for o in outputs if o.get("name") != "stderr"]
+
+
 def rerun(path: Path   # a notebook
           ) -> tuple:  # (seconds, lines that say what changed)
     "Execute a copy whose flagged cells are empty, then put its outputs into the notebook."
@@ -46,7 +62,7 @@ def rerun(path: Path   # a notebook
     NotebookClient(copy, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell, ran in zip(nb.cells, copy.cells):
         if cell.cell_type == "code" and not SKIPPED.search(cell.source):
-            cell.outputs = [o for o in ran.outputs if o.get("name") != "stderr"]  # bars and warnings name this machine, not the book
+            cell.outputs = kept(ran.outputs)
     nbformat.write(nb, path)
     return time.time() - start, changes(before, nb)
 
