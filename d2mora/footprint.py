@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .data import first_line
-from .recipe import UNTRUSTED, Recipe, adapter_config, base_folder
+from .strangers import UNTRUSTED, first_line
+from .recipe import Recipe, adapter_config, base_folder
 
 # %% ../nbs/09c_footprint.ipynb #f7e46224
 def base_shape(

@@ -25,6 +25,7 @@ from .batches import Prepared, check_tokenizer, computed_tokens, counts_table, e
 from .data import DataConfig, column, data_path, read_rows
 from .footprint import bare_model, base_shape, count_parts, plan_step, step_bytes, step_flops
 from .recipe import Recipe, base_folder, check_cutoff
+from .strangers import UNTRUSTED
 from .runs import read_metrics
 from .tasks import nearest
 from .train import train
@@ -233,7 +234,7 @@ def find_tokenizer(
 ) -> tuple:                  # the tokenizer, and a line that says whose it is
     "The base's tokenizer, or another in its place."
     name = stand_in or base_folder(recipe.base)
-    try: tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    try: tokenizer = transformers.AutoTokenizer.from_pretrained(name, **UNTRUSTED)
     except Exception as error:
         raise ValueError(f"tokenizer of '{name}' cannot be loaded: {' '.join(str(error).split())[:150]}; give another in its place by --tokenizer FOLDER") from error
     check_tokenizer(tokenizer)

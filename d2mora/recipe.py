@@ -21,13 +21,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import peft
 import torch
 import transformers
-import yaml
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 import d2mora.tuner  # registers the method with PEFT
 from .batches import check_tokenizer
-from .data import DataConfig, data_path, first_line
+from .data import DataConfig, data_path
+from .strangers import UNTRUSTED, check_index, check_words, first_line, read_yaml
 from .tasks import nearest, toy_base
 
 # %% ../nbs/08c_recipe.ipynb #84c7b6a3
@@ -54,8 +54,8 @@ def read_recipe(
     "Read a recipe as it is written."
     path = Path(str(files("d2mora")/"recipes"/f"{name}.yaml")) if str(name) in recipe_names() else Path(name)
     if not path.is_file(): raise ValueError(f"recipe '{name}' is neither a file nor built in{nearest(str(name), recipe_names())}")
-    try: raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    try: raw = read_yaml(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error: raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict): raise ValueError(f"{path}: not a recipe: it needs base, adapter, data and training")
     for name in PARTS:
         if not isinstance(raw.get(name) or {}, dict): raise ValueError(f"{path}: '{name}' must hold keys and values, not {raw[name]!r}")
@@ -175,8 +175,7 @@ def parse_override(
     key, equals, value = text.partition("=")
     if not equals: raise ValueError(f"'{text}' is not understood: write base=NAME or section.key=value")
     if key == "base": return key, value
-    try: return key, yaml.safe_load(value)
-    except yaml.YAMLError as error: raise ValueError(f"'{text}': the value is not YAML: {' '.join(str(error).split())}") from error
+    return key, read_yaml(value, f"'{text}'")
 
 # %% ../nbs/08c_recipe.ipynb #176f8b58
 def override(
@@ -214,6 +213,7 @@ def load_recipe(
 ) -> Recipe:                                            # every value in its type
     "Read a recipe, replace values, and check every name and value."
     raw = override(read_recipe(name_or_path), overrides)
+    check_words(raw)
     for key in raw:
         if key not in ("base", *PARTS): raise ValueError(f"{name_or_path}: unknown key '{key}'{nearest(str(key), ['base', *PARTS])}")
     parts = {part: dict(raw.get(part) or {}) for part in PARTS}
@@ -245,8 +245,9 @@ def load_base(
     "Load a base and its tokenizer, or say in one line why not."
     folder = base_folder(base)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        check_index(Path(folder))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **UNTRUSTED)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **UNTRUSTED)
     except Exception as error:
         raise ValueError(f"base '{base}' cannot be loaded: {first_line(error)}; give a hub name or a folder with config.json, weights and tokenizer.json") from error
     check_tokenizer(tokenizer)

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .data import first_line
 from .recipe import Recipe, load_recipe
+from .strangers import check_links, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -236,6 +236,7 @@ def locked(
     try:
         with writing(folder/LOCK):
             folder.mkdir(parents=True, exist_ok=True)
+            check_links(folder)
             try: lock.acquire()
             except filelock.Timeout: raise ValueError(f"output '{name or folder}': another process is writing to it: wait for it, or name another folder") from None
         yield

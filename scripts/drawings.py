@@ -286,6 +286,16 @@ def published():
     yield text(412, 44, "M, N, r: from the shapes\nlora_alpha: must be given", 11, mono=True)
 
 
+@drawing("07c_strangers", "What others wrote", "Weights, models, words, adapters and folders come from others; each kind passes its own check before a library is handed it; what fails is told in one line, and nothing has run.", 860, 290)
+def strangers():
+    checks = (("weights", "tensors, nothing else"), ("a model's folder", "no code, no file outside"), ("YAML", "no objects, no aliases"), ("an adapter", "borne out by its tensors"), ("a run folder", "no link that leads out"))
+    for i, (label, check) in enumerate(checks):
+        y = 35 + i*52
+        yield box(115, y, 190, 38, label, "frozen", 13) + arrow((213, y), (262, y)) + box(370, y, 210, 38, check, "router", 13)
+        yield arrow((478, y), (590, 85 + (y - 139)*.15)) + arrow((478, y), (590, 205 + (y - 139)*.15), kind="loss", dash=True)
+    yield box(700, 85, 216, 56, "torch, transformers, PEFT", "A", 14, bold=True) + box(700, 205, 216, 56, "one line, exit 2,\nnothing has run", "loss", 14)
+
+
 @drawing("08_data", "From files to rows", "Rows come from the toy world, from a folder with one folder a task, or from one mixed file whose rows are told apart by the answers they offer; each row is checked by itself, then all are counted.", 860, 280)
 def data():
     for i, (label, kind) in enumerate((("toy, toy-hard", "router"), ("<task>/train.json", "frozen"), ("commonsense_170k.json", "frozen"))):
