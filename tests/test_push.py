@@ -71,21 +71,36 @@ def test_a_finished_adapter_uploaded_is_usable_by_its_card(hub):
         assert (model(ids).logits - before).abs().max() > 1e-2
 
 
-def test_push_to_hub_sends_an_adapter_that_loads(hub):
-    "Its card is transformers' own empty one, written last: hence the README names `hf upload` of a saved folder."
+@pytest.fixture
+def model():
+    "A small adapter with something in it."
     torch.manual_seed(0)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(toy_base()), d2mora.D2MoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for name, p in model.named_parameters():
         if "d2mora_" in name: torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def test_push_to_hub_sends_an_adapter_that_loads(hub, model):
+    "In a new repository its card is transformers' own empty one, written last: hence README and 08f name `hf upload` of a saved folder."
     model.push_to_hub("someone/adapter")
     assert {p.name for p in hub.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert "import d2mora" not in card_of(hub)[1]  # if this fails, push_to_hub has learned to keep our card: say so in 08f
     again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(toy_base()), hub)
     ids = torch.randint(5, 90, (2, 7))
-    assert torch.equal(model.eval()(ids).logits, again.eval()(ids).logits)
+    assert torch.equal(model(ids).logits, again.eval()(ids).logits)
 
 
-def test_a_saved_folder_uploaded_says_what_to_import(hub, tmp_path):
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(toy_base()), d2mora.D2MoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+def test_push_to_hub_keeps_the_card_that_is_there(hub, model, monkeypatch):
+    from transformers.utils.hub import ModelCard
+    huggingface_hub.HfApi().upload_folder(repo_id="someone/adapter", folder_path=str(DEMO))
+    before = card_of(hub)
+    monkeypatch.setattr(ModelCard, "load", lambda *a, **k: huggingface_hub.ModelCard((hub / "README.md").read_text(encoding="utf-8")))
+    model.push_to_hub("someone/adapter")
+    assert card_of(hub)[1].strip() == before[1].strip() and "## Scores" in before[1]
+
+
+def test_a_saved_folder_uploaded_says_what_to_import(hub, model, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     huggingface_hub.HfApi().upload_folder(repo_id="someone/adapter", folder_path=str(tmp_path / "saved"))
     front, text = card_of(hub)
