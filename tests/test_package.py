@@ -166,7 +166,8 @@ def test_what_is_imported_is_declared_with_a_lower_bound_and_the_reverse():
 
 
 def test_import_time():
-    code = "import time, torch, peft\nstart = time.perf_counter()\nimport d2mora\nprint(time.perf_counter() - start)"
+    "In processor time, which does not rise with what else the machine does."
+    code = "import time, torch, peft\nstart = time.process_time()\nimport d2mora\nprint(time.process_time() - start)"
     seconds = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
     assert seconds < 0.3, f"import d2mora takes {seconds:.2f} s beyond torch and peft"
 
