@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from .recipe import load_recipe
 from .runs import read_metrics, validation_losses
+from .strangers import read_json
 from .tuner import CARD_NOTE
 
 # %% ../nbs/08f_cards.ipynb #e61ae27c
@@ -50,7 +51,7 @@ def card_scores(
     "The grades that lie in a run folder."
     lines = ["| protocol | task | n | accuracy |", "|---|---|---|---|"]
     for path in sorted(run.glob("evaluation-*.json")):
-        tasks = json.loads(path.read_text())["tasks"]
+        tasks = read_json(path, "tasks")["tasks"]
         lines += [f"| {path.stem.removeprefix('evaluation-')} | {task} | {grade['n']} | {100 * grade['accuracy']:.1f} |" for task, grade in tasks.items()]
     return "\n".join(lines) if len(lines) > 2 else "Not graded yet: `d2mora evaluate` fills this in."
 

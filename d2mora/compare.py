@@ -21,13 +21,15 @@ from .budgets import METHODS, adapters_at
 from .cards import count_saved
 from .data import data_path
 from .diagnose import draw
-from .evaluate import PROTOCOLS, evaluate
+from .evaluate import PROTOCOLS, evaluate, tasks_to_grade
 from .likeness import as_model, likeness, overall
 from .recipe import Recipe, check_training
 from .report import percent, report, text_table
 from .runs import begun, locked, validation_losses, whole_file, write_text
+from .strangers import read_json
 from .tasks import TASKS, nearest, toy_base
 from .train import train
+from .tuner import check_number
 from .verdicts import chosen, comparison_report, draw_comparison
 
 # %% ../nbs/12b_compare.ipynb #7e7ddd7e
@@ -87,7 +89,7 @@ def varied(
 def grade(folder: Path, protocol: str, limit: int | None) -> dict:
     "The grades that lie in a finished run, or else those made now."
     path = folder/f"evaluation-{protocol}.json"
-    read = lambda: json.loads(path.read_text(encoding="utf-8"))
+    read = lambda: read_json(path, "limit", "tasks", "average")
     if not path.is_file() or read()["limit"] != limit: evaluate(folder, protocol=protocol, limit=limit, progress=False)
     return read()
 
@@ -144,14 +146,19 @@ def single_tasks(
     return {p: {"average": mean(t["accuracy"] for t in tasks.values()), "tasks": tasks} for p, tasks in own.items()}
 
 # %% ../nbs/12b_compare.ipynb #485b1a1b
-def check_comparison(recipe: Recipe, methods, seeds, protocols, single: bool) -> None:
+def check_comparison(recipe: Recipe, methods, seeds, protocols, rates, limit: int | None, single: bool) -> None:
     "Refuse what cannot be compared before the first run."
-    if not methods or not seeds: raise ValueError("nothing to compare: name at least one method and one seed")
-    if len(set(seeds)) < len(seeds): raise ValueError(f"seeds {', '.join(map(str, seeds))}: each may stand there once")
+    for values, what in ((methods, "method"), (seeds, "seed"), (protocols, "protocol")):
+        if not values: raise ValueError(f"nothing to compare: name at least one {what}")
+        if len(set(values)) < len(values): raise ValueError(f"{what}s {', '.join(map(str, values))}: each may stand there once")
+    for seed in seeds: check_number("seed", seed, 0, 2**32, whole=True)
+    for rate in rates: check_number("learning rate", rate, 1e-12)
+    if limit is not None: check_number("limit", limit, 1, whole=True)
     if CHOOSING_SEED in seeds: raise ValueError(f"seed {CHOOSING_SEED} is the one that learning rates are chosen with: take another")
     for p in protocols:
         if p not in PROTOCOLS: raise ValueError(f"unknown protocol '{p}'{nearest(p, PROTOCOLS)}")
     if single and "max_steps" not in recipe.training: raise ValueError("single tasks need training.max_steps: each task gets its share of them")
+    tasks_to_grade(data_path(recipe.data), None)  # says what is missing
 
 def run_all(recipe, folder, adapters, rates, seeds, protocols, limit, single) -> list[dict]:
     "Every method with every seed, seed by seed, with a line for each on stderr."
@@ -178,9 +185,10 @@ def compare(
 ) -> dict:                                 # rates, runs and how they were made; also in comparison-BUDGET.json
     "Train and grade every method with every seed."
     seeds, folder = list(seeds), Path(output)
-    check_comparison(recipe, methods, seeds, protocols, single)
+    learning_rates = list(learning_rates)
+    check_comparison(recipe, methods, seeds, protocols, learning_rates, limit, single)
     usual = recipe.training.get("learning_rate", 5e-5)
-    tried = list(learning_rates) or [usual / 3, usual, 3 * usual]
+    tried = learning_rates or [usual / 3, usual, 3 * usual]
     adapters, equal = (adapters_at(recipe, b, methods) for b in (budget, "equal"))
     with locked(folder):
         rates = {m: choose_rate(varied(recipe, a), folder/"learning-rates"/m, tried) for m, a in equal.items()}

@@ -47,7 +47,8 @@ def check_data_config(config: DataConfig) -> None:
     if not config.tasks: raise ValueError("data.tasks is empty: name at least one task")
     for task in config.tasks:
         if task not in TASKS: raise ValueError(f"data.tasks: unknown task '{task}'{nearest(task, TASKS)}")
-    if len(set(config.tasks)) < len(config.tasks): raise ValueError("data.tasks names a task twice")
+    for task in config.tasks:
+        if config.tasks.count(task) > 1: raise ValueError(f"data.tasks names {task} twice: name it once")
     if config.cutoff < 1: raise ValueError(f"data.cutoff={config.cutoff}: must be at least 1 token")
     if config.validation_rows < 0: raise ValueError(f"data.validation_rows={config.validation_rows}: must be 0 or more")
 
@@ -60,6 +61,7 @@ def row_problem(
     for name in ("instruction", "output", "answer"):
         if row.get(name) is None: return f"field '{name}' is missing"
         if not isinstance(row[name], str) or not row[name].strip(): return f"field '{name}' is not a text: {row[name]!r}"
+    if not isinstance(row.get("input") or "", str): return f"field 'input' is not a text: {row['input']!r}"
     if row["answer"] not in row_answers(row, task):
         return f"field 'answer' is '{row['answer']}', not one of {'/'.join(row_answers(row, task))}"
     if parse_answer(row["output"], task) != row["answer"]:
@@ -75,7 +77,9 @@ def file_problem(
     try:
         with opened(path, "rt", encoding="utf-8") as file: rows = json.load(file)
     except json.JSONDecodeError as error: return f"not JSON: {error}"
-    except (OSError, EOFError, UnicodeDecodeError) as error: return f"cannot be read: {error}"
+    except UnicodeDecodeError as error: return f"cannot be read: {error}: save it as UTF-8"
+    except (OSError, EOFError) as error: return f"cannot be read: {error}"
+    except RecursionError: return "is nested too deeply to be an array of rows"
     if not isinstance(rows, list) or not rows: return "is not an array with rows"
     for i, row in enumerate(rows):
         if not isinstance(row, dict): return f"row {i} is not an object with fields"
@@ -134,11 +138,12 @@ def find_file(
     split: str,   # "train" or "test"
 ) -> Path:        # the .json or .json.gz
     "The file of a task, or an error that says what there is instead."
+    if path.is_file(): raise ValueError(f"data.path={path} is one file, without {split} rows of its own: give a folder with one folder a task")
     if not path.is_dir(): raise ValueError(f"data.path={path}: no such file or folder, and not one of {', '.join(TOY_WORLDS)}"
                                            + nearest(str(path), TOY_WORLDS).split("(there")[0].rstrip())
     for name in (f"{split}.json", f"{split}.json.gz"):
         if (path/task/name).is_file(): return path/task/name
-    there = [t for t in TASKS if any((path/t).glob(f"{split}.json*"))]
+    there = [t for t in TASKS if any(p.is_file() for p in (path/t).glob(f"{split}.json*"))]
     raise ValueError(f"{path/task}: no {split}.json or {split}.json.gz; put it there or leave {task} out"
                      f" (with {split} files here: {', '.join(there) or 'none'})")
 
@@ -155,6 +160,8 @@ def mixed_rows(
     rows = read_file(path)
     found = [task_of({"instruction": text}) if text else None for text in column(rows, "instruction")]
     if None in found: raise ValueError(f"{path}: row {found.index(None)}: field 'instruction' belongs to none of the eight tasks")
+    lacking = [t for t in tasks if t not in found and t not in ALIKE]
+    if lacking: raise ValueError(f"{path}: no rows of {', '.join(lacking)}: leave them out of data.tasks (there are: {', '.join(dict.fromkeys(map(str, found)))})")
     rows = rows.add_column("task", found).add_column("row", list(range(len(rows))))
     return rows.select([i for i, task in enumerate(found) if task in tasks])
 

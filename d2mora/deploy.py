@@ -28,11 +28,13 @@ from torch import Tensor
 
 from .batches import collator_for, encode
 from .data import DataConfig, data_path, read_task
-from .evaluate import grade_rows, load_target, on_device, test_rows
+from .evaluate import load_target, on_device, test_rows
 from .lora import project_down
+from .protocols import grade_rows
 from .recipe import base_folder, load_recipe, max_positions
 from .report import paired, percent, results, span, text_table, wilson_interval
 from .runs import locked, publish, remove, write_text, writing
+from .strangers import read_adapter
 from .tasks import TASKS, evaluating, nearest
 from .tuner import PAIRINGS, D2MoraLinear, check_number, mixture
 
@@ -295,7 +297,7 @@ def check_source(
     "Refuse what is no D2MoRA adapter, or cannot be merged."
     folder = Path(target)/"adapter" if (Path(target)/"recipe.yaml").is_file() else Path(target)
     if not (folder/"adapter_config.json").is_file(): raise ValueError(f"'{target}' holds no adapter to export: name a finished run, or a folder with adapter_config.json")
-    config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
+    config = read_adapter(folder)
     kind = config.get("peft_type")
     if kind != "D2MORA": raise ValueError(f"'{target}' is a {kind} adapter, not D2MORA: " + ("servers take it as it is" if kind == "LORA" else "export is for D2MoRA adapters"))
     where = Path(base_folder(base or config.get("base_model_name_or_path") or "."))/"config.json"
@@ -371,10 +373,10 @@ def write_static(
     merge: bool,             # a whole model instead of a LoRA
 ) -> None:
     "Write a LoRA, or the model it is merged into, with its costs and its card."
-    if merge: static.merge_and_unload().save_pretrained(folder), tokenizer.save_pretrained(folder)
-    else:
-        for config in static.peft_config.values(): config.base_model_name_or_path = base_folder(base)
-        static.save_pretrained(str(folder))
+    for config in static.peft_config.values(): config.base_model_name_or_path = base_folder(base)
+    with writing(folder):
+        if merge: static.merge_and_unload().save_pretrained(folder), tokenizer.save_pretrained(folder)
+        else: static.save_pretrained(str(folder))
     write_text(folder/"export.json", json.dumps({"base": base, "form": taken, "rank": costs[taken]["rank"], "merged": merge, "costs": costs}, indent=1) + "\n")
     facts = {"library": "transformers" if merge else "peft", "what": "Merged model" if merge else "LoRA", "base": Path(base).name, "form": taken, "rank": costs[taken]["rank"]}
     write_text(folder/"README.md", CARD.format(version=importlib.metadata.version("d2mora"), costs=cost_table(costs), advice=advice(costs, taken), **facts))
@@ -393,6 +395,7 @@ class ExportSettings:
 
     def __post_init__(self):
         for name, least in {"distill": 0, "rows": 1, "limit": 1}.items(): check_number(name, getattr(self, name), least, whole=True)
+        if self.learning_rate is not None: check_number("learning_rate", self.learning_rate, 1e-12)
         known = [*FORMS, *["distilled"] * (self.distill > 0)]
         if self.form == "distilled" and not self.distill: raise ValueError("form 'distilled' needs steps: add --distill 100")
         if self.form not in (None, *known): raise ValueError(f"form '{self.form}' is unknown{nearest(str(self.form), known)}")
@@ -452,9 +455,11 @@ def export(
     name = base or json.loads((adapter/"adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     with locked(aside.parent, folder):
         remove(aside)  # of an export that was killed
-        with writing(folder, aside):
-            found = {task: job([task], chosen, aside/task, name) for task in tasks} if per_task else {"": job(tasks, chosen, aside, name)}
-            publish(aside, folder)
+        try: found = {task: job([task], chosen, aside/task, name) for task in tasks} if per_task else {"": job(tasks, chosen, aside, name)}
+        except BaseException:
+            remove(aside)
+            raise
+        publish(aside, folder)
     return found
 
 # %% ../nbs/14_deploy.ipynb #1e626c89

@@ -25,10 +25,11 @@ from .batches import Prepared, check_tokenizer, computed_tokens, counts_table, e
 from .data import DataConfig, column, data_path, read_rows
 from .footprint import bare_model, base_shape, count_parts, plan_step, step_bytes, step_flops
 from .recipe import Recipe, base_folder, check_cutoff
-from .strangers import UNTRUSTED
+from .strangers import UNTRUSTED, first_line
 from .runs import read_metrics
 from .tasks import nearest
 from .train import train
+from .tuner import check_number
 
 # %% ../nbs/13_full.ipynb #0f7927d7
 @dataclass
@@ -66,6 +67,9 @@ class Gpu:
     tflops: float               # most dense 16-bit operations per second, in 10^12, by its data sheet
     utilisation: float = 0.35   # assumed share of it that training reaches
 
+    def __post_init__(self):
+        for name in ("memory", "tflops", "utilisation"): check_number(name, getattr(self, name), 1e-6)
+
 
 GPUS = {gpu.name: gpu for gpu in (Gpu("A100-40", 39.4, 312), Gpu("A100-80", 79.2, 312), Gpu("H100", 79.1, 989), Gpu("H200", 139.8, 989),
                                   Gpu("L40S", 44.4, 362), Gpu("RTX-4090", 23.5, 165))}
@@ -77,11 +81,12 @@ def find_gpu(
 ) -> Gpu:
     "A GPU by name, or by its figures."
     if name in GPUS: return GPUS[name]
-    try: text = Path(name).read_text() if name.endswith(".json") else name
-    except OSError as error: raise ValueError(f"gpu '{name}': {error.strerror}: give a JSON file or one of {', '.join(GPUS)}") from error
+    try: text = Path(name).read_text(encoding="utf-8") if name.endswith(".json") else name
+    except (OSError, UnicodeDecodeError) as error: raise ValueError(f"gpu '{name}': {getattr(error, 'strerror', error)}: give a JSON file in UTF-8, or one of {', '.join(GPUS)}") from error
     try: return Gpu(**json.loads(text))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"gpu '{name}'{nearest(name, GPUS)}; or give JSON: {{\"name\": \"mine\", \"memory\": 24, \"tflops\": 100}}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        what = nearest(name, GPUS) if isinstance(error, json.JSONDecodeError) else f" ({first_line(error)})"
+        raise ValueError(f"gpu '{name}'{what}; or give JSON: {{\"name\": \"mine\", \"memory\": 24, \"tflops\": 100}}") from error
 
 # %% ../nbs/13_full.ipynb #9353709c
 @dataclass

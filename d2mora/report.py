@@ -23,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from .data import read_task
+from .strangers import read_json, read_lines
 from .tasks import TASKS, row_answers
 from .recipe import load_recipe
 from .runs import validation_losses, write_text
@@ -110,7 +111,7 @@ def read_graded(
     "The graded rows of `evaluation-PROTOCOL.jsonl`."
     path = Path(folder)/f"evaluation-{protocol}.jsonl"
     if not path.is_file(): raise ValueError(f"{path}: not there: grade '{folder}' by protocol {protocol} first")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_lines(path, "task", "hash", "answer", "predicted", "right")
 
 
 def pairs(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
@@ -151,7 +152,7 @@ def write_disagreements(
     "Into each folder after the first, a file of the rows that it answers otherwise than the first, with their instructions."
     first, written = Path(folders[0]), []
     for folder in map(Path, folders[1:]):
-        data = json.loads((folder/f"evaluation-{protocol}.json").read_text(encoding="utf-8"))
+        data = read_json(folder/f"evaluation-{protocol}.json", "data", "tasks")
         asked = {row_hash(row, task): row["instruction"] for task in data["tasks"] for row in read_task(data["data"], task, "test").to_list()}
         rows = [d | {"instruction": asked.get(d["hash"])} for d in disagreements(read_graded(first, protocol), read_graded(folder, protocol))]
         path = folder/f"disagreements-{protocol}-{first.resolve().name}.jsonl"
@@ -270,7 +271,7 @@ def comparison(
 ) -> str:
     "Mean ± standard deviation over seeds, and paired tests."
     together = groups(folders)
-    read = lambda folder: json.loads((Path(folder)/f"evaluation-{protocol}.json").read_text(encoding="utf-8"))
+    read = lambda folder: read_json(Path(folder)/f"evaluation-{protocol}.json", "tasks")
     names = {own[0]: Path(own[0]).name for own in together}
     if len(set(names.values())) < len(names): names = {first: first for first in names}
     parts = [seeds_table({names[own[0]]: [read(f) for f in own] for own in together})]
@@ -355,7 +356,7 @@ def report(
     parts = [f"# {run.resolve().name}"]
     if (run/"recipe.yaml").is_file(): parts.append("```yaml\n" + (run/"recipe.yaml").read_text(encoding="utf-8").strip() + "\n```")
     if (run/"metrics.jsonl").is_file() and validation_losses(run): parts += ["## Held-out loss", loss_table(run)]
-    graded = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("evaluation-*.json"))]
+    graded = [read_json(path, "protocol", "tasks", "average") for path in sorted(run.glob("evaluation-*.json"))]
     for result in graded: parts += [f"## Protocol {result['protocol']}", how(result), result_table(result)]
     if graded: parts += ["## The paper's rows", paper_table(), NOTE]
     pictures = picture_lines(run/"plots")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from .recipe import Recipe, load_recipe
-from .strangers import check_links, first_line
+from .strangers import check_links, first_line, read_json, read_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,7 +128,7 @@ def read_metrics(
     run: str | Path,  # a run folder
 ) -> list[dict]:      # one dictionary a line: step, epoch, loss, tokens, eval_TASK_loss, eval_loss (their mean), …
     "Read a run's `metrics.jsonl`."
-    return [json.loads(line) for line in (Path(run)/"metrics.jsonl").read_text().splitlines()]
+    return read_lines(Path(run)/"metrics.jsonl", "step")
 
 # %% ../nbs/08d_runs.ipynb #feb7c182
 def validation_losses(
@@ -214,7 +214,7 @@ def check_data(
 ) -> None:
     "Refuse to go on with other rows than a run was begun with."
     path = output/"data.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else marks
+    old = read_json(path) if path.is_file() else marks
     for task in old.keys() | marks.keys():
         was, now = (found.get(task, {"rows": 0}) for found in (old, marks))
         if was != now: raise ValueError(f"output '{output}': the training rows of {task} have changed since this run began "

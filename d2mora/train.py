@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['batch_rows', 'row_names', 'check_finite', 'scaler_copes', 'RunTrainer', 'check_device', 'training_arguments',
-           'global_batch', 'make_trainer', 'save_adapter', 'begin_from', 'fit', 'at_last', 'train']
+           'global_batch', 'rehearse', 'make_trainer', 'save_adapter', 'begin_from', 'fit', 'at_last', 'train']
 
-# %% ../nbs/09_train.ipynb #779d67af
+# %% ../nbs/09_train.ipynb #d2f01bfb
 import json
 import math
 import os
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -136,7 +136,20 @@ def global_batch(args: TrainingArguments) -> str:
     sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     return f"a step reads {math.prod(sizes)} rows: {sizes[0]} at once, {sizes[1]} times, in {sizes[2]} process{'es'*(sizes[2] > 1)}"
 
-# %% ../nbs/09_train.ipynb #20734668
+# %% ../nbs/09_train.ipynb #cab4f7b5
+def rehearse(
+    trainer: RunTrainer,  # ready
+) -> None:
+    "Make optimizer, schedule and data loader once: what they refuse is found before anything is written."
+    args, split = trainer.args, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these make their own
+    try:
+        if not split: trainer.create_optimizer_and_scheduler(num_training_steps=1)
+        torch.utils.data.DataLoader(cast(Any, trainer.train_dataset), num_workers=args.dataloader_num_workers, prefetch_factor=args.dataloader_prefetch_factor,
+                                    persistent_workers=args.dataloader_persistent_workers)
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error: raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
+    trainer.optimizer = trainer.lr_scheduler = None
+
+
 def make_trainer(
     recipe: Recipe,           # what to train
     rows: "Dataset",          # from `read_rows`
@@ -147,14 +160,15 @@ def make_trainer(
     "Load and adapt the base, encode: whatever is wrong is found here, before anything is written."
     model, tokenizer = adapted_base(recipe, args.seed)
     with args.main_process_first(desc="tokenize"): ready = prepare(rows, recipe.data, tokenizer)
-    if main_process(): print(f"{counts_table(ready.counts, recipe.data)}\n{global_batch(args)}", file=sys.stderr)
     if recipe.data.sampling == "packed": check_packing(model)
     logits_where_graded(model)
     callbacks = [*callbacks, MetricsWriter(output/"metrics.jsonl"), ProgressBar()]
     try: trainer = RunTrainer(model, args, data_collator=collator_for(tokenizer), train_dataset=ready.train, eval_dataset=ready.validation or None,
                               compute_metrics=mean_loss, callbacks=callbacks)
-    except (ImportError, RuntimeError) as error: raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
+    except (ImportError, RuntimeError, ValueError) as error: raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
+    rehearse(trainer)
     for theirs in (DEFAULT_PROGRESS_CALLBACK, transformers.PrinterCallback): trainer.remove_callback(theirs)
+    if main_process(): print(f"{counts_table(ready.counts, recipe.data)}\n{global_batch(args)}", file=sys.stderr)
     return trainer
 
 # %% ../nbs/09_train.ipynb #2324232f
@@ -208,7 +222,7 @@ def at_last(trainer: RunTrainer) -> bool:
     "Whether the model is the last step's, and not an earlier one that was better."
     return not trainer.args.load_best_model_at_end or trainer.state.best_global_step in (None, trainer.state.global_step)
 
-# %% ../nbs/09_train.ipynb #09a7a20b
+# %% ../nbs/09_train.ipynb #d405c188
 def train(
     recipe: Recipe,                             # what to train, from `load_recipe`
     output: str | Path,                         # the run folder to make
