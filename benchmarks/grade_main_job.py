@@ -1,9 +1,9 @@
-"""The table of notebook 10: frozen base, LoRA, one-to-many and D2MoRA, at equal steps and parameters equal to within 3 %, by all four protocols.
+"""The table of notebook 10: frozen base, LoRA, one-to-many and D2MoRA, at equal steps and parameters equal to within 3 %, by all four protocols, over three seeds.
 
     python benchmarks/grade_main_job.py --world real     # stories260K on the real rows; writes nbs/results/main_job_methods.json
     python benchmarks/grade_main_job.py --world toy      # the embedded base on the toy world; writes nbs/results/toy_methods_protocols.json
 
-Runs stand in runs/grade-WORLD/METHOD. What is finished there is not done again, so a killed measurement goes on where it stopped.
+Runs stand in runs/grade-WORLD/seed-N/METHOD. What is finished there is not done again, so a killed measurement goes on where it stopped.
 """
 import argparse
 import json
@@ -47,9 +47,9 @@ def toy() -> tuple:
     return "demo", {"training.save_strategy": "steps", "training.save_steps": 200, "training.save_total_limit": 1}, adapters, 100
 
 
-def trained(folder: Path, name: str, overrides: dict, adapter: dict) -> dict:
+def trained(folder: Path, name: str, overrides: dict, adapter: dict, seed: int) -> dict:
     "Train one method, or go on with it."
-    recipe = load_recipe(name, overrides | {"training.disable_tqdm": True})
+    recipe = load_recipe(name, overrides | {"training.disable_tqdm": True, "training.seed": seed})
     recipe.adapter = adapter
     began = time.process_time()
     train(recipe, folder, resume=(folder / "recipe.yaml").exists())
@@ -73,27 +73,33 @@ def graded(target: Path | None, output: Path, base: str, data: str, limit: int |
     return found
 
 
+def against_lora(runs: Path, seeds: list[int]) -> dict:
+    "By protocol and seed: D2MoRA against LoRA on the same rows."
+    return {p: [paired(read_graded(runs / f"seed-{s}" / "LoRA", p), read_graded(runs / f"seed-{s}" / "D2MoRA", p)) for s in seeds] for p in PROTOCOLS}
+
+
 def main(argv=None):
     "Command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=("real", "toy"), default="real")
+    parser.add_argument("--seeds", default="0,1,2", help="each method is trained once with each")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     name, overrides, adapters, limit = {"real": real, "toy": toy}[args.world]()
-    runs, recipe = ROOT / "runs" / f"grade-{args.world}", load_recipe(name, overrides)
-    about, results = {}, {"frozen base": graded(None, runs / "base", recipe.base, recipe.data.path, limit)}
-    for method, adapter in adapters.items():
-        stored = runs / method / "about.json"
-        done = trained(runs / method, name, overrides, adapter)
-        about[method] = json.loads(stored.read_text()) if stored.exists() else done
-        write_text(stored, json.dumps(about[method]))
-        results[method] = graded(runs / method, runs / method, recipe.base, recipe.data.path, limit)
-    tests = {p: paired(read_graded(runs / "LoRA", p), read_graded(runs / "D2MoRA", p)) for p in PROTOCOLS}
+    runs, recipe, seeds = ROOT / "runs" / f"grade-{args.world}", load_recipe(name, overrides), [int(s) for s in args.seeds.split(",")]
+    about, results = {}, {"frozen base": [graded(None, runs / "base", recipe.base, recipe.data.path, limit)]}
+    for seed, (method, adapter) in ((s, a) for s in seeds for a in adapters.items()):
+        folder = runs / f"seed-{seed}" / method
+        stored = folder / "about.json"
+        done = trained(folder, name, overrides, adapter, seed)
+        about.setdefault(method, []).append(json.loads(stored.read_text()) if stored.exists() else done)
+        write_text(stored, json.dumps(about[method][-1]))
+        results.setdefault(method, []).append(graded(folder, folder, recipe.base, recipe.data.path, limit))
     versions = {package: version(package) for package in ("d2mora", "torch", "transformers", "peft")}
     output = ROOT / "nbs" / "results" / {"real": "main_job_methods.json", "toy": "toy_methods_protocols.json"}[args.world]
     write_text(output, json.dumps({"command": f"python benchmarks/grade_main_job.py --world {args.world}", "machine": platform.machine(), "threads": torch.get_num_threads(),
-        "seed": 0, "limit": limit, "versions": versions, "methods": about, "results": results, "D2MoRA against LoRA": tests}, indent=1) + "\n")
+        "seeds": seeds, "limit": limit, "versions": versions, "methods": about, "results": results, "D2MoRA against LoRA": against_lora(runs, seeds)}, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

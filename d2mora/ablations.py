@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .evaluate import grade_rows
+from .protocols import grade_rows
 from .orthogonality import expert_layers
 from .pictures import MAPS, canvas, expert_names, headline, heat
 from .report import mcnemar

@@ -7,7 +7,7 @@ __all__ = ['READ_AT_ONCE', 'SIDES', 'token_weights', 'token_ids', 'effective_num
            'sides_of', 'task_spread', 'short', 'draw_routers', 'some', 'draw_layers', 'draw_effective', 'surprise',
            'draw_meetings', 'token_map', 'draw_tokens', 'router_page', 'write_page']
 
-# %% ../nbs/11b_routing.ipynb #a3cadb61
+# %% ../nbs/11b_routing.ipynb #faec2983
 import json
 from collections.abc import Iterable
 from importlib.resources import files
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .evaluate import forward, padded
+from .likelihood import forward, padded
 from .likeness import main_kinds, place_of
 from .pictures import MAPS, canvas, expert_names, headline, heat, ink, shades
 from .runs import write_text
@@ -217,7 +217,7 @@ def _frame(i, j, color):
     from matplotlib.patches import Rectangle
     return Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=color, lw=2)
 
-# %% ../nbs/11b_routing.ipynb #87544e8e
+# %% ../nbs/11b_routing.ipynb #907b13f8
 def token_map(
     model: nn.Module,
     tokenizer,
@@ -231,7 +231,7 @@ def token_map(
     layers = {short(n): {side: (100 * w).round().int().tolist() for side, w in own.items()} for n, own in weights.items()}
     return {"tokens": [tokenizer.decode([i]) for i in ids], "layers": layers, "shown": short(max(changes, key=changes.__getitem__)) if changes else None}
 
-
+# %% ../nbs/11b_routing.ipynb #cb041241
 def draw_tokens(
     found: dict,               # from `token_map`
     layer: str | None = None,  # such as "block 1 q_proj"; default: the one whose leaders change most
@@ -248,7 +248,7 @@ def draw_tokens(
     words = ", ".join(f"{len(set(lead))} of {len(sides[side][0])} {'A' if side == 'down' else 'B'}'s" for side, lead in leaders.items())
     return headline(figure, f"{layer}: {words} lead at some token", f"The text {' '.join(tokens)!r}, each token in the colour and with the number of its leading expert")
 
-
+# %% ../nbs/11b_routing.ipynb #572709ef
 def _lines(tokens, width):
     "Token numbers, line by line, so that each line fits."
     lines: list[list[int]] = [[]]
@@ -272,7 +272,7 @@ def _tokens_panel(ax, tokens, lines, lead, tints):
             x += width + 0.4
     ax.set(xlim=(0, 95), ylim=(len(lines) - 0.4, -0.6)), ax.set_axis_off()
 
-# %% ../nbs/11b_routing.ipynb #b204e819
+# %% ../nbs/11b_routing.ipynb #a7db739a
 def router_page(
     found: dict,  # from `token_map`
 ) -> str:         # HTML, self-contained

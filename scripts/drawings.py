@@ -419,6 +419,21 @@ def train():
     yield arrow((622, 148), (622, 162), (690, 162), (690, 192), kind="router") + box(690, 222, 220, 48, "killed or SIGTERM: go on\nfrom the newest checkpoint", "router", 12)
 
 
+@drawing("10_likelihood", "Every token is read once", "What all rows begin with is read once and kept; each row's own tokens are read behind it, all rows of a batch at once, padded on the left; "
+         "its options follow, and only those of more than one token are read.", 860, 250)
+def likelihood():
+    yield panel(15, 15, 250, 220, "all rows: once") + panel(280, 15, 320, 220, "each row: in one batch") + panel(615, 15, 230, 220, "each option")
+    yield box(140, 125, 220, 48, "Below is an instruction …\nPlease choose the correct", "frozen", 12, mono=True) + text(140, 170, "keys and values are kept,\nfor the next batch too", 12, "plain")
+    for y, row, pad, word in ((80, "… a cat? … the correct answer is", 0, "answer"), (125, "… stone? … the correct answer is", 24, "true"), (170, "… it? … the correct answer is", 48, "answer")):
+        left, right = 294, 588
+        yield arrow((252, 125), (left - 2, y), kind="frozen")
+        if pad: yield box(left + pad/2, y, pad, 30, "", "plain", dash=True)
+        yield box((left + pad + right)/2, y, right - left - pad, 30, row, "A", 12, mono=True)
+        ends = [f"{word}{i}" for i in (1, 2, 3)] if word == "answer" else ["true", "false"]
+        for i, end in enumerate(ends): yield arrow((right + 1, y), (640, y + (i - (len(ends) - 1)/2)*14), head=False, kind="B") + text(646, y + (i - (len(ends) - 1)/2)*14, f"log p({end})", 12, "B", "start", mono=True)
+    yield text(440, 208, "padding on the left, hidden by a mask", 12, "plain")
+
+
 @drawing("10_evaluate", "Two ways to grade", "Choice: the log-likelihood of each answer word after the prompt is summed and the largest wins; content does so with each option's own text. "
          "Generate: the model writes, and a regular expression looks for an answer word; no match counts as wrong and is reported; official writes with 4 beams.", 860, 350)
 def evaluate():
@@ -433,6 +448,16 @@ def evaluate():
     yield arrow((285, 258), (320, 258)) + box(425, 258, 200, 48, "the correct answer is\nanswer2", "plain", 12, mono=True) + arrow((525, 258), (562, 258))
     yield box(635, 258, 140, 48, "first match of\nanswer1|…|answer5", "router", 12, mono=True)
     yield arrow((705, 250), (728, 234)) + text(736, 230, "answer2", 13, anchor="start", mono=True) + arrow((705, 268), (728, 288), kind="loss") + text(736, 292, "no match: wrong,\nand counted", 12, "loss", "start")
+
+
+@drawing("10c_grading", "Graded rows outlive the process", "Each graded batch is appended to a part file at once; a killed process may leave a torn last line, which is dropped; "
+         "the next call grades only what is missing, and the finished table is the same.", 860, 230)
+def grading():
+    yield box(85, 75, 120, 52, "grade a batch", "A", 13) + arrow((147, 75), (205, 75)) + panel(210, 20, 220, 190, "evaluation-….part-0.jsonl")
+    for i, (name, right) in enumerate((("9f", "true"), ("3c", "false"), ("b1", "true"), ("07", "true"))): yield box(320, 62 + i*27, 196, 22, f'{{"hash": "{name}…", "right": {right}', "frozen", 10, mono=True)
+    yield box(266, 170, 88, 22, '{"hash": "e2', "loss", 10, dash=True, mono=True) + text(318, 170, "torn: dropped", 12, "loss", "start") + box(85, 170, 120, 44, "killed", "loss", 13) + arrow((147, 170), (208, 170), kind="loss")
+    yield arrow((432, 115), (475, 115)) + box(555, 115, 155, 70, "next call:\nthe rows that are\nmissing, no others", "router", 13) + arrow((635, 115), (675, 115)) + box(760, 115, 165, 70, "the same table\nas without the kill", "B", 13)
+    yield text(555, 185, "other weights, protocol or prompt:\nrefused, nothing overwritten", 12, "plain")
 
 
 @drawing("11_diagnose", "What is looked at after training", "From a trained adapter and some text come the likeness of its experts, the routers' weights by task, a map of the experts, and alarms.", 860, 330)

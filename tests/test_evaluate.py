@@ -8,11 +8,13 @@ import torch
 
 from d2mora.cli import main
 from d2mora.data import read_task
-from d2mora import evaluate as module
-from d2mora.evaluate import (ANSWER_PREFIX, NEW_TOKENS, PROTOCOLS, RoomLayer, ask, batch_differences, choice_pairs, content_pairs, evaluate, grade_rows, option_scores,
-                             prompt_pairs, question_and_texts, ready, write, write_tokens)
+from d2mora import likelihood
+from d2mora.evaluate import ask, evaluate, on_device
+from d2mora.generation import NEW_TOKENS, RoomLayer, write, write_tokens
+from d2mora.likelihood import Beginning, option_scores, ready
+from d2mora.protocols import PROTOCOLS, batch_differences, choice_pairs, content_pairs, grade_batch, grade_rows, prompt_pairs, question_and_texts
 from d2mora.report import mean_chance, summary, wilson_interval
-from d2mora.tasks import TASKS, evaluation_prompt, parse_answer, row_answers
+from d2mora.tasks import ANSWER_PREFIX, TASKS, evaluation_prompt, parse_answer, row_answers
 from d2mora.recipe import load_recipe
 from d2mora.train import train
 from helpers import adapted_stories
@@ -87,18 +89,68 @@ def test_a_cache_that_forgets_to_reorder_its_beams_is_noticed(stories, monkeypat
     assert [g["text"] for g in grade_rows(model, tokenizer, "openbookqa", rows, "official", "official")] != right
 
 
+@pytest.fixture
+def reads(monkeypatch):
+    "The shapes of what is read, forward pass by forward pass."
+    seen, forward = [], likelihood.forward
+    monkeypatch.setattr(likelihood, "forward", lambda model, ids, *args, **kwargs: seen.append(tuple(ids.shape)) or forward(model, ids, *args, **kwargs))
+    return seen
+
+
 @pytest.mark.parametrize("protocol", ["choice", "content", "generate", "official"])
-def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch, protocol):
+def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch, reads, protocol):
     model, tokenizer, _ = stories
-    rows, reads, read = rows_of(stories, "social_i_qa", 8), [], module.forward
-    monkeypatch.setattr(module, "forward", lambda model, ids, *args, **kwargs: reads.append(tuple(ids.shape)) or read(model, ids, *args, **kwargs))
-    shared = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official")
-    assert protocol == "content" or reads[0][0] == 1 and reads[0][1] > 100  # the template, once
-    monkeypatch.setattr(module, "SHARED", 10**9)
-    apart = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official")
+    rows = rows_of(stories, "social_i_qa", 8)
+    shared = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=3)
+    beginnings = [(n, length) for n, length in reads if n == 1]
+    assert protocol == "content" or len(beginnings) == 1 and beginnings[0][1] > 100  # the template, once for all batches
+    monkeypatch.setattr(likelihood, "SHARED", 10**9)
+    apart = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=3)
     for a, b in zip(shared, apart):
         assert a.get("text") == b.get("text") and a["predicted"] == b["predicted"]
         assert a.get("scores", {}) == pytest.approx(b.get("scores", {}), abs=2e-4)
+
+
+def test_a_kept_beginning_is_cut_where_rows_part_and_renewed_where_they_share_more(stories, reads):
+    "Rows of another task begin alike for a while, or not at all; nothing of the model is kept beyond one round."
+    model, tokenizer, _ = stories
+    kept = Beginning()
+    for task, style in (("boolq", "official"), ("piqa", "official"), ("piqa", "plain"), ("hellaswag", "official"), ("piqa", "official")):
+        rows = rows_of(stories, task, 4)
+        own, fresh = (grade_batch(model, tokenizer, task, rows, "choice", style, k) for k in (kept, None))
+        for a, b in zip(own, fresh):
+            assert a["predicted"] == b["predicted"] and a["scores"] == pytest.approx(b["scores"], abs=2e-4)
+    beginnings = [shape for shape in reads if shape[0] == 1]
+    assert 5 < len(beginnings) < 10 and len(kept.ids) > 100  # five without anything kept, and fewer than five with
+
+
+def test_a_beginning_of_other_tokens_is_noticed(stories):
+    "The check above can fail: keys and values of other tokens give other scores."
+    model, tokenizer, _ = stories
+    rows, kept = rows_of(stories, "piqa", 4), Beginning()
+    right = grade_batch(model, tokenizer, "piqa", rows, "choice", "official", kept)
+    kept.ids = kept.ids[:20] + [i + 1 for i in kept.ids[20:-1]] + kept.ids[-1:]
+    with torch.no_grad():
+        kept.past = model(torch.tensor([kept.ids]), use_cache=True).past_key_values
+    kept.ids = list(likelihood.ready(tokenizer, choice_pairs(rows[0], "piqa", "official"), None).head[:len(kept.ids)])
+    wrong = grade_batch(model, tokenizer, "piqa", rows, "choice", "official", kept)
+    assert max(abs(a["scores"][w] - b["scores"][w]) for a, b in zip(right, wrong) for w in a["scores"]) > 1e-2
+
+
+def test_a_quantized_model_stays_where_it_was_loaded(monkeypatch):
+    class Refuses(torch.nn.Linear):
+        def to(self, *args): raise ValueError("`.to` is not supported for `8-bit` bitsandbytes models")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for mark in ({"is_quantized": True}, {"hf_device_map": {"": "cuda:0"}}):
+        model = Refuses(1, 1)
+        vars(model).update(mark)
+        assert on_device(model) is model
+    with pytest.raises(ValueError, match="8-bit"):
+        on_device(Refuses(1, 1))
+    monkeypatch.setattr(torch.nn.Linear, "to", lambda self, device: device)
+    assert on_device(torch.nn.Linear(1, 1)) == "cuda:1"
 
 
 @pytest.mark.parametrize("task", list(TASKS))
