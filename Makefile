@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test nbmake: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
-.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench
+.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks
 
 help:                                        ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -60,6 +60,12 @@ demo: install                                ## train, grade and draw on the emb
 
 bench: install                               ## the layer against LoRA and loops: benchmarks/results/layer.json (under 10 minutes)
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/layer.py
+
+chaos: install                               ## 100 faults, each gone on from and compared to the bit: benchmarks/results/chaos.json (about 12 minutes)
+	$(BIN)/python benchmarks/chaos.py
+
+leaks: install                               ## memory, hooks, files over 1,000 steps and 200 adapters: benchmarks/results/leaks.json (about 4 minutes)
+	$(BIN)/python benchmarks/leaks.py
 
 base: install                                ## make the embedded toy base again from its seed (10 to 20 minutes)
 	$(BIN)/python nbs/pretrain_base.py

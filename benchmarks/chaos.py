@@ -1,0 +1,504 @@
+"""A hundred seeded faults thrown at train, evaluate, compare and export; after each the command is given again and must reach, bit for bit,
+what an undisturbed run reaches: `make chaos`, or `python benchmarks/chaos.py --faults 8` for a short form. Writes benchmarks/results/chaos.json.
+
+Each command is a real process, a fork of this one (tests/forks.py). A moment is drawn in seconds, or as the number of a file operation.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from forks import POINTS, Fork, arm, watch
+
+import d2mora
+from d2mora.recipe import load_base
+from d2mora.tasks import toy_rows
+
+TASKS = ("boolq", "piqa")
+SMALL = {
+    "adapter.lora_dropout": 0.1, "adapter.target_modules": ["q_proj", "v_proj"], "data.tasks": list(TASKS), "data.train_on_inputs": True, "training.max_steps": 12,
+    "training.save_strategy": "steps", "training.save_steps": 3, "training.logging_steps": 1, "training.warmup_steps": 2,
+    "training.per_device_train_batch_size": 2, "training.use_cpu": True, "training.disable_tqdm": True,
+}  # fmt: skip
+VALIDATES = {"data.validation_rows": 6, "training.gradient_accumulation_steps": 2, "training.eval_strategy": "steps", "training.eval_steps": 4}
+BY_LENGTH = {"data.sampling": "by-length", "training.save_strategy": "epoch", "training.save_total_limit": 2, "training.max_steps": 20}
+UNEVEN = ("training_args.bin",)  # holds a time; nothing is read from it
+
+
+def words(**more):
+    return [f"{key}={json.dumps(value)}" for key, value in (SMALL | more).items()]
+
+
+@dataclass
+class Case:
+    "A command whose result lies in one folder."
+
+    command: str
+    words: list[str]            # without the folder
+    processes: int = 1
+    draws: bool = False         # with the pictures that `train` ends with; they take longer than the rest
+    prepared: str = ""          # another case whose result is there beforehand
+    events: list = field(default_factory=list)  # (event, path) of each file operation of an undisturbed run
+    seconds: float = 0.0        # that it took
+    bytes: tuple = (0, 0)       # in its folder, before and after
+    largest: int = 0            # bytes of its largest new file
+
+
+class Place:
+    "Where everything happens: data, references, and one folder `out/run` that each command writes to, since files name their folder."
+
+    def __init__(self, root):
+        self.root, self.data, self.out, self.run, self.kept = root, root / "data", root / "out", root / "out" / "run", root / "kept"
+        self.out.mkdir(), self.kept.mkdir()
+        for task in TASKS:
+            (self.data / task).mkdir(parents=True)
+            for split, count in (("train", 17), ("test", 12)):
+                (self.data / task / f"{split}.json").write_text(json.dumps(toy_rows("toy", task, split)[:count], indent=1))
+        own = {"data.path": str(self.data)}
+        graded = ["--tasks", ",".join(TASKS), "--batch-size", "3", "--data", str(self.data)]
+        few = {"training.max_steps": 4, "training.save_steps": 2, "training.save_strategy": "steps"}
+        self.cases = {
+            "train": Case("train", ["train", "demo", *words(**own, **VALIDATES)]),
+            "train by length": Case("train", ["train", "demo", *words(**own, **BY_LENGTH)]),
+            "train with pictures": Case("train", ["train", "demo", *words(**own)], draws=True),
+            "train, two processes": Case("train", ["train", "demo", *words(**own)], 2),
+            "evaluate choice": Case("evaluate", ["evaluate", *graded, "--protocol", "choice"], prepared="train"),
+            "evaluate official": Case("evaluate", ["evaluate", *graded, "--protocol", "official", "--limit", "6"], prepared="train"),
+            "evaluate, two processes": Case("evaluate", ["evaluate", *graded, "--protocol", "generate"], 2, prepared="train"),
+            "compare": Case("compare", ["compare", "demo", *words(**own | few), "--methods", "lora,d2mora", "--seeds", "0", "--learning-rates", "0.003", "--limit", "6"]),
+            "compare rates": Case("compare", ["compare", "demo", *words(**own | few), "--methods", "d2mora", "--seeds", "1", "--learning-rates", "0.001,0.003", "--limit", "6"]),
+            "export": Case("export", ["export", str(self.kept / "train"), "--tasks", "boolq", "--rows", "8", "--limit", "8", "--rank", "3", "--distill", "4"]),
+        }  # fmt: skip
+
+    def line(self, case, resume=False):
+        "The command line of a case."
+        at = {"evaluate": [str(self.run)], "export": [str(self.run)]}.get(case.command, ["--output", str(self.run)])
+        return [*case.words, *at, *["--resume"] * resume]
+
+    def begin(self, case):
+        "Clear the folder for a case."
+        for path in self.out.iterdir():
+            shutil.rmtree(path)
+        if case.prepared:
+            shutil.copytree(self.kept / case.prepared, self.run)
+
+    def start(self, case, resume=False, inside=None, rank=0, more=()):
+        "Start a command; in its process `rank`, `inside()` is called first. Its processes."
+        port = free_port() if case.processes > 1 else 0
+        return [Fork(lambda r=r: command(self.line(case, resume) + list(more), case, r, port, inside if r == rank else None)) for r in range(case.processes)]
+
+    def whole(self, case, **more):
+        "A command that nothing disturbs, or that runs on its own into its fault: its exit status, and what it said."
+        forks = self.start(case, **more)
+        return together(forks)
+
+    def finish(self, case):
+        "Give the command again, as its own messages say. None, or what went wrong."
+        status, said = self.whole(case, resume=case.command == "train")
+        if status == 2 and "leave --resume out" in said:
+            status, said = self.whole(case)
+        if case.command == "export" and "that is not there yet" in said:  # it was whole before the fault
+            return None
+        return None if status == 0 else f"on going on: status {status}: {said[-600:]}"
+
+    def reference(self, name):
+        "Run a case undisturbed, twice; keep the result, count its file operations. The names of files that differ between the two."
+        case, log = self.cases[name], self.root / "events.jsonl"
+        self.begin(case)
+        before, old = size(self.run), set(self.run.rglob("*"))
+
+        def counting():
+            file = log.open("w", buffering=1)
+            watch(self.out, lambda number, event, path: file.write(json.dumps([event, path]) + "\n"))
+
+        began = time.monotonic()
+        status, said = self.whole(case, inside=counting)
+        assert status == 0, (name, status, said)
+        case.seconds, case.bytes = time.monotonic() - began, (before, size(self.run))
+        case.largest = max(path.stat().st_size for path in self.run.rglob("*") if path.is_file() and path not in old)
+        case.events = [json.loads(line) for line in log.read_text().splitlines()]
+        shutil.copytree(self.run, self.kept / name)
+        self.begin(case)
+        status, said = self.whole(case)
+        assert status == 0, (name, status, said)
+        return self.differences(name)
+
+    def differences(self, name, stopped=False):
+        "Files of the undisturbed result that are missing or other here, with their bytes; and files that are left over, with 0."
+        there, here = (tree(folder) for folder in (self.kept / name, self.run))
+        noted = "trainer_state.json" if stopped else "/"  # the Trainer's own state notes that it was asked to stop
+        lost = {path: len(content) for path, content in there.items() if path not in here or not (alike(path, content, here[path]) or path.endswith(noted))}
+        extra = [path for path in here.keys() - there.keys() if not (stopped and path.startswith("checkpoints/checkpoint-"))]
+        return lost | dict.fromkeys(extra + [path.name for path in self.out.iterdir() if path != self.run], 0)
+
+    def half_written(self, name, stopped=False):
+        "Files that bear their final name and are not what they are to be. What grows by lines may be shorter; what depends on others is left out."
+        there, here = tree(self.kept / name), tree(self.run) if self.run.exists() else {}
+        final = {path: content for path, content in here.items() if path in there and not any(part.startswith(".") or ".tmp" in part for part in Path(path).parts)}
+        settled = ("safetensors", "adapter_config.json", "recipe.yaml", "data.json", ".pt", ".pth", "export.json", *["trainer_state.json"] * (not stopped))
+        return [path for path, content in final.items() if path.endswith(settled) and not alike(path, there[path], content)]
+
+
+def command(line, case, rank, port, inside):
+    "What a fork does: be process `rank` of a command."
+    if case.processes > 1:
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.processes, "LOCAL_WORLD_SIZE": case.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {key: str(value) for key, value in own.items()} | {"ACCELERATE_USE_CPU": "true"}
+    if not case.draws:
+        d2mora.diagnose.draw = lambda *args, **kwargs: []
+    if inside:
+        inside()
+    return d2mora.cli.main(line)
+
+
+def together(forks, patience=60.0):
+    "Wait for the processes of one command, as torchrun does: where one fails, the others are asked to end, then made to."
+    if len(forks) == 1:
+        status = forks[0].wait()
+        return status, ended(forks[0])
+    until = time.monotonic() + 180
+    while time.monotonic() < until and not all(fork.wait(0.01) != "hangs" for fork in forks):
+        if any(fork.status not in (None, 0) for fork in forks):
+            break
+    states = [fork.wait(patience / 2) for fork in forks]
+    for fork in forks:
+        fork.kill(signal.SIGTERM)
+    hung = [fork.wait(patience / 2) == "hangs" for fork in forks]
+    said = "".join(map(ended, forks))
+    return "hangs" if any(hung) else next((state for state in states if state != 0), 0), said
+
+
+def ended(fork):
+    "What a process said; one that hangs is killed."
+    if fork.status is None:
+        fork.kill()
+        fork.wait()
+    return fork.said()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+
+
+def tree(folder, but=""):
+    "Each file's content by its name."
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (*UNEVEN, but)}
+
+
+def alike(path, a, b):
+    "Whether two files are equal; a Trainer's state without its times."
+    if a == b or not path.endswith("trainer_state.json"):
+        return a == b
+    try:
+        return timeless(json.loads(a)) == timeless(json.loads(b))
+    except ValueError:
+        return False
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {key: timeless(own) for key, own in value.items() if not key.endswith(("_runtime", "_per_second"))}
+    return [timeless(own) for own in value] if isinstance(value, list) else value
+
+
+def one_line(status, said, *parts):
+    "None if a command ended with status 2 and one line that says these; else what is wrong."
+    lines = [line for line in said.splitlines() if line.startswith("d2mora: ")]
+    good = status == 2 and len(lines) == 1 and "Traceback" not in said and all(part in lines[0] for part in parts)
+    return None if good else f"status {status}, not one line with {parts}: {said[-600:]}"
+
+
+class Missed(Exception):
+    "The fault came too late, or not at all: draw again."
+
+
+# Faults. Each takes the place, a case, and dice; disturbs the case; returns (where, complaint or None).
+
+
+def at_moment(place, case, dice, number=signal.SIGKILL):
+    "A signal at a random moment of the run."
+    moment, rank = dice.uniform(0, 0.95 * case.seconds), dice.randrange(case.processes)
+    forks = place.start(case)
+    time.sleep(moment)
+    forks[rank].kill(number)
+    status, said = together(forks)
+    if forks[rank].status == 0 and "stopped by SIGTERM" not in said:
+        raise Missed
+    return f"{moment / case.seconds:.2f} of the time, process {rank}", "hangs" if status == "hangs" else None
+
+
+def at_write(place, case, dice, number=signal.SIGKILL):
+    "A signal before a file operation, drawn from all that an undisturbed run does."
+    chosen = dice.randrange(len(case.events))
+
+    def inside():
+        watch(place.out, lambda n, event, path: n == chosen + 1 and os.kill(os.getpid(), number))
+
+    forks = place.start(case, inside=inside)
+    status, said = together(forks)
+    event, path = case.events[chosen]
+    if forks[0].status == 0 and "stopped by SIGTERM" not in said:
+        raise Missed
+    return f"operation {chosen + 1} of {len(case.events)}, {event} {Path(path).name}", "hangs" if status == "hangs" else None
+
+
+def torn_checkpoint(place, case, dice):
+    "A kill in the middle of writing a part of a checkpoint, half of it written."
+    point, step = dice.choice([p for p in POINTS if p != "rotating"]), dice.choice((6, 9, 12))
+    status, said = place.whole(case, inside=lambda: arm(point, f"checkpoint-{step}"))
+    return f"{point} of checkpoint-{step}", None if status == -signal.SIGKILL else f"status {status}: {said[-600:]}"
+
+
+def full_disk(place, case, dice):
+    "No room after a random part of what the run writes: a small tmpfs, given room afterwards; without the right to mount, as `file_limit`."
+    if not mounts():
+        return file_limit(place, case, dice)
+    before, after = case.bytes
+    room = int(before * 1.2) + 16 * 4096 * bool(before) + int(dice.uniform(0.05, 0.85) * (after - before))
+    place.begin(Case("", []))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "none", place.out], check=True)
+    place.begin(case)
+    status, said = place.whole(case)
+    subprocess.run(["mount", "-o", "remount,size=1g", place.out], check=True)
+    if status == 0:
+        raise Missed
+    return f"{room} bytes of room", one_line(status, said, "make room")
+
+
+def file_limit(place, case, dice):
+    "No file may become larger than a random size (RLIMIT_FSIZE)."
+    import resource
+
+    limit = int(dice.uniform(0.02, 0.9) * case.largest)
+    status, said = place.whole(case, inside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
+    if status == 0:
+        raise Missed
+    return f"files up to {limit} bytes", one_line(status, said, "make room")
+
+
+def read_only(place, case, dice):
+    "From a file operation on, or from the beginning, nothing may be written in the folder."
+    chosen = dice.choice((0, dice.randrange(len(case.events))))
+    status, said = place.whole(case, inside=lambda: watch(place.out, lambda n, event, path: n == chosen + 1 and forbid(place.out)))
+    forbid(place.out, False)
+    if status == 0:
+        raise Missed
+    return f"from operation {chosen + 1} of {len(case.events)}", one_line(status, said, "")
+
+
+def dead_worker(place, case, dice):
+    "One of two processes is killed; the other must end, by itself or when asked to."
+    return dice.choice((at_moment, at_write))(place, case, dice)
+
+
+def changed_data(place, case, dice):
+    "The run is killed; a training file changes, also within its old time; going on is refused and changes nothing."
+    begun = [n for n, (event, path) in enumerate(case.events) if "data" in Path(path).name and event == "os.rename"][0]
+    late = dice.randrange(begun + 2, max(n for n, (event, path) in enumerate(case.events) if "adapter" in Path(path).name))
+    status, said = place.whole(case, inside=lambda: watch(place.out, lambda n, event, path: n == late and os.kill(os.getpid(), signal.SIGKILL)))
+    file = place.data / dice.choice(TASKS) / "train.json"
+    text, times, how = file.read_text(), file.stat(), dice.choice(("a row more", "a row less", "two rows swapped", "one word, same time"))
+    rows = json.loads(text)
+    rows = {"a row more": [*rows, rows[0]], "a row less": rows[:-1], "two rows swapped": [rows[1], rows[0], *rows[2:]],
+            "one word, same time": [rows[0] | {"instruction": "So " + rows[0]["instruction"]}, *rows[1:]]}[how]  # fmt: skip
+    file.write_text(json.dumps(rows, indent=1))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    before = tree(place.run, but=".lock")
+    refused = one_line(*place.whole(case, resume=case.command == "train"), "have changed since this run began")
+    changed = tree(place.run, but=".lock") != before and "the refusal changed the folder"
+    file.write_text(text)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return f"{how}, after operation {late}", refused or changed or (None if status == -signal.SIGKILL else f"status {status}: {said[-600:]}")
+
+
+def clock_backwards(place, case, dice):
+    "The clock jumps back a day now and then, the files' times are reversed, the run is killed and goes on a year earlier."
+    chosen, every = dice.randrange(len(case.events)), dice.randrange(20, 200)
+
+    def inside():
+        turn_back(every)
+        watch(place.out, lambda n, event, path: n == chosen + 1 and os.kill(os.getpid(), signal.SIGKILL))
+
+    status, said = place.whole(case, inside=inside)
+    if status == 0:
+        raise Missed
+    files = sorted(place.out.rglob("*"), key=lambda path: path.lstat().st_mtime_ns)
+    for n, path in enumerate(files):
+        os.utime(path, (2e9 - n, 2e9 - n))
+    turned = place.whole(case, resume=case.command == "train", inside=lambda: turn_back(every, 365 * 86400))
+    if turned[0] == 2 and "leave --resume out" in turned[1]:
+        turned = place.whole(case, inside=lambda: turn_back(every, 365 * 86400))
+    return f"a day back at every {every}th look, killed at operation {chosen + 1}", None if turned[0] == 0 else f"status {turned[0]}: {turned[1][-600:]}"
+
+
+def two_writers(place, case, dice):
+    "While the command is halted somewhere between taking and giving back its lock, the same command again is refused and changes nothing."
+    locks = [n for n, (event, path) in enumerate(case.events) if Path(path).name == ".lock"]
+    chosen = dice.randrange(locks[0] + 2, locks[-1])
+    forks = place.start(case, inside=lambda: watch(place.out, lambda n, event, path: n == chosen + 1 and os.kill(os.getpid(), signal.SIGSTOP)))
+    if forks[0].wait(stopped=True) != "stopped":
+        raise Missed
+    before = tree(place.out)
+    resume = case.command == "train"
+    refused = one_line(*place.whole(case, resume=resume), "another process is writing")
+    changed = tree(place.out) != before and "the second writer changed the folder"
+    forks[0].kill(signal.SIGCONT)
+    status, said = together(forks)
+    return f"halted at operation {chosen + 1} of {len(case.events)}", refused or changed or (None if status == 0 else f"status {status}: {said[-600:]}")
+
+
+def turn_back(every, start=0.0):
+    "In this process: a clock that jumps back a day at every so many looks."
+    real, real_ns, looks = time.time, time.time_ns, 0
+
+    def back():
+        nonlocal looks
+        looks += 1
+        return start + 86400 * (looks // every)
+
+    time.time, time.time_ns = lambda: real() - back(), lambda: real_ns() - int(1e9 * back())
+
+
+def mounts():
+    "Whether this process may mount."
+    return hasattr(os, "geteuid") and os.geteuid() == 0 and bool(shutil.which("mount")) and not os.environ.get("CHAOS_NO_MOUNT")
+
+
+def forbid(folder, on=True):
+    "Let nothing be written in a folder: by its mode, or for root, who may all the same, by the immutable flag."
+    if os.geteuid() == 0:
+        return subprocess.run(["chattr", "-R", "+i" if on else "-i", folder], check=on, stderr=subprocess.DEVNULL)
+    for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
+        path.chmod(0o500 if on else 0o700)
+
+
+KINDS = {
+    "SIGKILL at a moment": at_moment, "SIGKILL at a file operation": at_write, "SIGTERM at a moment": lambda *args: at_moment(*args, signal.SIGTERM),
+    "SIGTERM at a file operation": lambda *args: at_write(*args, signal.SIGTERM), "torn checkpoint": torn_checkpoint, "full disk": full_disk,
+    "file-size limit": file_limit, "read-only output": read_only, "dead worker of two": dead_worker, "changed data": changed_data,
+    "clock backwards": clock_backwards, "two writers": two_writers,
+}  # fmt: skip
+PLAN = {  # how often, by case
+    "SIGKILL at a moment": {"train": 5, "train by length": 4, "train with pictures": 1, "evaluate choice": 4, "evaluate official": 3, "compare": 2, "compare rates": 2, "export": 3},
+    "SIGKILL at a file operation": {"train": 4, "train by length": 4, "train with pictures": 1, "evaluate choice": 3, "evaluate official": 2, "compare": 2, "compare rates": 2, "export": 3},
+    "SIGTERM at a moment": {"train": 3, "train by length": 2, "evaluate choice": 1, "compare": 1},
+    "SIGTERM at a file operation": {"train": 2, "train by length": 1, "evaluate official": 1, "export": 1},
+    "torn checkpoint": {"train": 8},
+    "full disk": {"train": 3, "evaluate choice": 2, "compare": 1, "export": 2},
+    "file-size limit": {"train": 2, "evaluate choice": 1, "compare rates": 1, "export": 1},
+    "read-only output": {"train": 2, "evaluate choice": 2, "compare": 1, "export": 1},
+    "dead worker of two": {"train, two processes": 4, "evaluate, two processes": 2},
+    "changed data": {"train": 3, "compare": 1},
+    "clock backwards": {"train": 2, "evaluate choice": 1, "compare rates": 1, "export": 1},
+    "two writers": {"train": 1, "evaluate choice": 1, "compare": 1, "export": 1},
+}
+SHORT = [("SIGKILL at a file operation", "train"), ("torn checkpoint", "train"), ("full disk", "train"), ("changed data", "train"), ("read-only output", "evaluate choice"),
+         ("SIGKILL at a moment", "evaluate choice"), ("two writers", "evaluate choice"), ("clock backwards", "train")]  # fmt: skip
+
+
+def throw(place, kind, name, dice):
+    "One fault, the way back from it, and the comparison."
+    case = place.cases[name]
+    for draw in range(1, 11):
+        try:
+            place.begin(case)
+            where, wrong = KINDS[kind](place, case, dice)
+            break
+        except Missed:
+            unmount(place)
+    else:
+        return {"kind": kind, "case": name, "command": case.command, "survived": False, "wrong": "ten times the fault came too late"}
+    torn = place.half_written(name, "SIGTERM" in kind) if place.run.exists() else []
+    wrong = wrong or (f"half-written: {torn}" if torn else None) or place.finish(case)
+    lost = place.differences(name, "SIGTERM" in kind) if place.run.exists() else {"everything": case.bytes[1]}
+    wrong = wrong or (f"differs: {lost}" if lost else None)
+    unmount(place)
+    return {"kind": kind, "case": name, "command": case.command, "where": where, "draws": draw, "survived": not wrong, "bytes_lost": sum(lost.values()), **({"wrong": wrong} if wrong else {})}
+
+
+def unmount(place):
+    if os.path.ismount(place.out):
+        subprocess.run(["umount", "-l", place.out], check=True)
+
+
+def plan_of(count, dice):
+    "The faults to throw: all of `PLAN` in a random order, or some of `SHORT`."
+    if count <= len(SHORT):
+        return SHORT[:count]
+    every = [(kind, name) for kind, own in PLAN.items() for name, times in own.items() for _ in range(times)]
+    dice.shuffle(every)
+    return every[:count]
+
+
+def summary(faults, uneven, place, args, seconds):
+    "All figures."
+    counts = {key: {str(k): n for k, n in sorted(Counter(fault[key] for fault in faults).items())} for key in ("kind", "command")}
+    method = {"full disk": "tmpfs" if mounts() else "RLIMIT_FSIZE", "read-only output": "immutable flag" if os.geteuid() == 0 else "mode", "two processes": "gloo, forked with torchrun's environment"}
+    return {
+        "command": f"python benchmarks/chaos.py --faults {args.faults} --seed {args.seed}", "seed": args.seed, "faults": len(faults), "survived": sum(f["survived"] for f in faults),
+        "bytes_lost": sum(f.get("bytes_lost", 0) for f in faults), "by_kind": counts["kind"], "by_command": counts["command"],
+        "kinds_by_command": {kind: dict(Counter(f["command"] for f in faults if f["kind"] == kind)) for kind in counts["kind"]}, "methods": method, "seconds": round(seconds),
+        "undisturbed_twice": {name: {"files": len(tree(place.kept / name)), "differing": sorted(found)} for name, found in uneven.items()}, "not_compared": list(UNEVEN),
+        "versions": {name: version(name) for name in ("d2mora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "filelock")}
+        | {"python": platform.python_version(), "system": platform.system()}, "thrown": faults,
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="Faults of this kind, or on this case.")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "chaos.json")
+    args = parser.parse_args()
+    dice, began, root = random.Random(args.seed), time.monotonic(), Path(tempfile.mkdtemp(prefix="chaos-"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and clear up
+    place = Place(root)
+    d2mora.cli.hush()
+    load_base("toy")  # fills caches of the libraries that every fork inherits
+    gc.freeze()
+    plan = [(kind, name) for kind, name in plan_of(args.faults, dice) if args.only in (None, kind, name)]
+    needed = dict.fromkeys([*(place.cases[name].prepared or "train" for _, name in plan), *(name for _, name in plan)])
+    faults = []
+    try:
+        uneven = {name: place.reference(name) for name in needed}
+        print(f"{len(uneven)} commands undisturbed, twice each: {time.monotonic() - began:.0f} s; differing files: {sum(map(len, uneven.values()))}", file=sys.stderr, flush=True)
+        for kind, name in plan:
+            faults.append(throw(place, kind, name, random.Random(f"{args.seed} {len(faults)}")))
+            print(f"{len(faults):3} {time.monotonic() - began:5.0f} s  {kind}, {name}: {faults[-1].get('wrong') or 'survived'}", file=sys.stderr, flush=True)
+        result = summary(faults, uneven, place, args, time.monotonic() - began)
+    finally:
+        forbid(place.out, False)
+        unmount(place)
+        shutil.rmtree(root, ignore_errors=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['faults']} faults, {result['survived']} survived, {result['bytes_lost']} bytes lost, {result['seconds']} s: {args.output}")
+    return int(result["survived"] < result["faults"] or any(uneven.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
