@@ -10,6 +10,7 @@ __all__ = ['UNTRUSTED', 'LONGEST', 'DEEPEST', 'SECRET', 'NEVER', 'first_line', '
 # %% ../nbs/07c_strangers.ipynb #484cdb9d
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -106,7 +107,7 @@ class OneMeaning(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        twice = next((key for key, times in Counter(keys).items() if times > 1), None)
         if twice is not None: raise yaml.YAMLError(f"the key '{twice}' stands there twice: keep one")
         return super().construct_mapping(node, deep)
 

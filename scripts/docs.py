@@ -161,6 +161,7 @@ def write_pages(proc: Path,    # folder of processed pages
     link = NbdevLookup().linkify
     for book, path in zip(modules, paths): made[f"api_{path.stem}.qmd"] = link(api.module_page(path, book, f"{REPO}/blob/main"))
     made["changelog.qmd"] = repository_page("CHANGELOG.md", "What changed, version by version.")
+    made["security.qmd"] = repository_page("SECURITY.md", "What is promised about hostile files and faults, by which test, and what is not.")
     made["contributing.qmd"] = repository_page("CONTRIBUTING.md", "How the book and the package are made.")
     made |= {"citing.qmd": citation_page(), "404.qmd": lost_page()}
     for name, text in made.items(): (proc / name).write_text(text, encoding="utf-8")
