@@ -241,7 +241,7 @@ def find_tokenizer(
     name = stand_in or base_folder(recipe.base)
     try: tokenizer = transformers.AutoTokenizer.from_pretrained(name, **UNTRUSTED)
     except Exception as error:
-        raise ValueError(f"tokenizer of '{name}' cannot be loaded: {' '.join(str(error).split())[:150]}; give another in its place by --tokenizer FOLDER") from error
+        raise ValueError(f"tokenizer of '{name}' cannot be loaded: {first_line(error)}; give another in its place by --tokenizer FOLDER") from error
     check_tokenizer(tokenizer)
     return tokenizer, f"tokenizer:  {name}" + (f", standing in for that of {recipe.base}: token counts are approximate" if stand_in else "")
 
