@@ -37,12 +37,15 @@ def environment(folder: Path,  # of the environment
 
 
 def counts(report: Path  # of pytest, in JUnit's form
-           ) -> dict:    # passed, failed, skipped
+           ) -> dict:    # passed, failed, skipped, and what passed by file
     "How the tests ended."
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    total, skipped, failed = (int(suite.get(name)) for name in ("tests", "skipped", "failures"))
-    failed += int(suite.get("errors"))
-    return {"passed": total - skipped - failed, "failed": failed, "skipped": skipped}
+    found, by_file = {"passed": 0, "failed": 0, "skipped": 0}, dict.fromkeys((Path(name).stem for name in TESTS), 0)
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        marks = {mark.tag for mark in case}
+        how = "failed" if marks & {"failure", "error"} else "skipped" if "skipped" in marks else "passed"
+        found[how] += 1
+        by_file[case.get("classname").split(".")[-1]] += how == "passed"
+    return found | {"passed_by_file": by_file}
 
 
 def run(which: str, folder: Path, work: Path) -> dict:  # what is written
@@ -53,7 +56,7 @@ def run(which: str, folder: Path, work: Path) -> dict:  # what is written
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "D2MORA_SHARED": shared, "PYTHONPATH": ""}
     subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={work}/report.xml", *TESTS], cwd=tree, env=os.environ | quiet)
     versions = json.loads(subprocess.run([python, "-c", ASK % NAMES], check=True, capture_output=True, text=True).stdout)
-    return {"versions": versions, "commit": commit, **counts(work / "report.xml"), "files": TESTS, "minutes": round((time.time() - begun) / 60, 1)}
+    return {"versions": versions, "commit": commit, **counts(work / "report.xml"), "minutes": round((time.time() - begun) / 60, 1)}
 
 
 def main(words: list[str]) -> int:
