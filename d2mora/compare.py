@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHOOSING_SEED', 'SET_ASIDE', 'before_after_table', 'run', 'varied', 'grade', 'one_run', 'held_out_loss',
-           'choose_rate', 'best_rate', 'single_tasks', 'check_comparison', 'run_all', 'compare', 'about_comparison']
+           'choose_rate', 'best_rate', 'single_tasks', 'check_comparison', 'run_all', 'write_comparison', 'compare',
+           'about_comparison']
 
-# %% ../nbs/12b_compare.ipynb #e41c37bb
+# %% ../nbs/12b_compare.ipynb #7ec4f4ee
 import copy
 import json
 import sys
@@ -85,7 +86,7 @@ def varied(
     check_training(new.training)
     return new
 
-# %% ../nbs/12b_compare.ipynb #48a7ae16
+# %% ../nbs/12b_compare.ipynb #373b8688
 def grade(folder: Path, protocol: str, limit: int | None) -> dict:
     "The grades that lie in a finished run, or else those made now."
     path = folder/f"evaluation-{protocol}.json"
@@ -109,7 +110,7 @@ def one_run(
             "grades": {p: {"average": g["average"], "tasks": {t: {k: own[k] for k in kept} for t, own in g["tasks"].items()}} for p, g in grades.items()},
             "held_out": {task: last for task, (_, last) in validation_losses(folder).items()}, "alike": {s: v for s, v in alike.items() if v == v}}
 
-# %% ../nbs/12b_compare.ipynb #9b6aa358
+# %% ../nbs/12b_compare.ipynb #ab53fc80
 CHOOSING_SEED, SET_ASIDE = 1000, 400  # the seed, and the rows set aside, where the recipe has no validation rows of its own
 
 def held_out_loss(recipe: Recipe, folder: Path, rate: float) -> float:
@@ -145,7 +146,7 @@ def single_tasks(
     own = {p: {t: r["grades"][p]["tasks"][t] for t, r in runs.items()} for p in protocols}
     return {p: {"average": mean(t["accuracy"] for t in tasks.values()), "tasks": tasks} for p, tasks in own.items()}
 
-# %% ../nbs/12b_compare.ipynb #485b1a1b
+# %% ../nbs/12b_compare.ipynb #6d516644
 def check_comparison(recipe: Recipe, methods, seeds, protocols, rates, limit: int | None, single: bool) -> None:
     "Refuse what cannot be compared before the first run."
     for values, what in ((methods, "method"), (seeds, "seed"), (protocols, "protocol")):
@@ -160,18 +161,25 @@ def check_comparison(recipe: Recipe, methods, seeds, protocols, rates, limit: in
     if single and "max_steps" not in recipe.training: raise ValueError("single tasks need training.max_steps: each task gets its share of them")
     tasks_to_grade(data_path(recipe.data), None)  # says what is missing
 
-def run_all(recipe, folder, adapters, rates, seeds, protocols, limit, single) -> list[dict]:
+def run_all(recipe, folders, adapters, rates, seeds, protocols, limit, single) -> list[dict]:
     "Every method with every seed, seed by seed, with a line for each on stderr."
     jobs, done = [(method, seed) for seed in seeds for method in adapters], []
     for number, (method, seed) in enumerate(jobs, 1):
-        one, at = varied(recipe, adapters[method], learning_rate=best_rate(rates[method]), seed=seed), folder/method/f"seed-{seed}"
+        one, at = varied(recipe, adapters[method], learning_rate=best_rate(rates[method]), seed=seed), folders[method]/f"seed-{seed}"
         done.append({"method": method} | one_run(one, at, protocols, limit))
-        if single: done[-1]["single"] = single_tasks(one, folder/method/f"seed-{seed}-single", protocols, limit)
+        if single: done[-1]["single"] = single_tasks(one, at.with_name(f"seed-{seed}-single"), protocols, limit)
         scores = ", ".join(f"{p} {percent(g['average'])}" for p, g in done[-1]["grades"].items())
         print(f"run {number} of {len(jobs)}: {method}, seed {seed}: {scores}", file=sys.stderr, flush=True)
     return done
 
-# %% ../nbs/12b_compare.ipynb #d37348d2
+# %% ../nbs/12b_compare.ipynb #93402995
+def write_comparison(result: dict, path: Path) -> None:
+    "A comparison as JSON, tables and a picture."
+    write_text(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), comparison_report(result) + "\n")
+    with whole_file(path.with_suffix(".png")) as aside: draw_comparison(result).savefig(aside, dpi=110)
+
+# %% ../nbs/12b_compare.ipynb #dcf8535f
 def compare(
     recipe: Recipe,                        # whose adapter is D2MoRA; the methods are sized after it
     output: str | Path,                    # folder for all runs
@@ -182,7 +190,7 @@ def compare(
     protocols: tuple[str, ...] = ("choice",),
     limit: int | None = None,              # rows a task that are graded
     single: bool = False,                  # also an adapter for each task
-) -> dict:                                 # rates, runs and how they were made; also in comparison-BUDGET.json
+) -> dict:                                 # rates, runs and how they were made; also in comparison-BUDGET.json, or comparison-BUDGET-single.json
     "Train and grade every method with every seed."
     seeds, folder = list(seeds), Path(output)
     learning_rates = list(learning_rates)
@@ -190,13 +198,12 @@ def compare(
     usual = recipe.training.get("learning_rate", 5e-5)
     tried = learning_rates or [usual / 3, usual, 3 * usual]
     adapters, equal = (adapters_at(recipe, b, methods) for b in (budget, "equal"))
+    folders = {m: folder/("equal" if a == equal[m] else budget)/m for m, a in adapters.items()}
     with locked(folder):
         rates = {m: choose_rate(varied(recipe, a), folder/"learning-rates"/m, tried) for m, a in equal.items()}
-        runs = run_all(recipe, folder/budget, adapters, rates, seeds, protocols, limit, single)
+        runs = run_all(recipe, folders, adapters, rates, seeds, protocols, limit, single)
         result = about_comparison(recipe, budget, limit) | {"methods": adapters, "learning_rates": rates, "runs": runs}
-        write_text(folder/f"comparison-{budget}.json", json.dumps(result, indent=1) + "\n")
-        write_text(folder/f"comparison-{budget}.md", comparison_report(result) + "\n")
-        with whole_file(folder/f"comparison-{budget}.png") as aside: draw_comparison(result).savefig(aside, dpi=110)
+        write_comparison(result, folder/f"comparison-{budget}{'-single' * single}")
     return result
 
 # %% ../nbs/12b_compare.ipynb #25347b6c

@@ -510,6 +510,27 @@ def data_packed():
     yield text(x - 12, y + 85, "token", 12, anchor="end") + text(x + 86, y + 184, "sees", 12) + text(120, 215, "dashed: padding, computed for nothing", 12, anchor="start")
 
 
+@drawing("12d_neighbours", "Where the neighbours differ", "Four panels. One: of four pairs of A and B the strongest two are asked. Two: of eight single ranks the strongest three are asked. "
+         "Three: one A, and a router that reads its low-rank vector weighs the B's. Four: the weights of two rows are averaged, and both rows get the mean.", 860, 420)
+def neighbours():
+    for k, title in enumerate(("top-k: the strongest pairs only", "each rank is an expert", "the router reads z, not x", "mean over the batch: it leaks")): yield panel(15 + 425*(k % 2), 15 + 200*(k // 2), 405, 185, title)
+    for i, (y, w) in enumerate(zip((64, 99, 134, 169), (.5, .06, .38, .06))):  # two of four pairs
+        on = w > .2
+        yield arrow((48, 116), (90, y), kind="A" if on else "frozen", dash=not on) + matrix(120, y, 60, 30, 14, f"A_{i+1}", "A" if on else "frozen", 12) + arrow((150, y), (190, y), kind="A" if on else "frozen", dash=not on)
+        yield matrix(220, y, 60, 14, 30, f"B_{i+1}", "B" if on else "frozen", 12) + arrow((250, y), (292, y), kind="B" if on else "frozen", dash=not on) + bars(320, y + 12, (w,), w=22, scale=44)
+    yield vector(40, 116, 90, "x") + text(375, 116, "the others\nget weight 0", 12, "router")
+    for i in range(8):                                                          # three of eight ranks
+        y, on = 58 + i*16, i in (1, 4, 5)
+        yield arrow((474, 116), (515, y), kind="A" if on else "frozen", head=False, dash=not on, width=1.2) + box(555, y, 76, 10, kind="A" if on else "frozen") + box(655, y, 76, 10, kind="B" if on else "frozen") + (arrow((595, y), (615, y), kind="A") if on else "")
+    yield vector(466, 116, 90, "x") + text(765, 116, "a row of A with\na column of B;\n3 of 8 ranks pass", 12, "router")
+    yield vector(40, 305, 90, "x") + arrow((48, 305), (80, 305), kind="A") + matrix(112, 305, 64, 76, 24, "A", "A") + arrow((144, 305), (172, 305), kind="A") + vector(180, 305, 26, "z", w=11)
+    for j, y in enumerate((258, 305, 348)): yield arrow((187, 305), (232, y), kind="B") + matrix(265, y, 64, 14, 32, f"B_{j+1}", "B", 12) + arrow((297, y), (340, 305 + (y-305)*.15), kind="B")
+    yield plus(352, 305, "Σ") + arrow((180, 320), (180, 384), (205, 384), kind="router") + box(247, 384, 84, 22, "router", "router", 12) + arrow((289, 384), (352, 384), (352, 318), kind="router")
+    for y, name, w in ((270, "row 1", (.7, .2, .1)), (350, "row 2", (.1, .3, .6))):
+        yield text(475, y, name, 13) + arrow((500, y), (540, y), kind="router") + bars(575, y + 20, w, scale=48) + arrow((605, y), (650, 310 + (y-310)*.3), kind="router") + arrow((735, 310 + (y-310)*.3), (775, y), kind="router") + text(805, y, name, 13)
+    yield bars(692, 326, (.4, .25, .35), scale=48) + text(692, 350, "the mean", 12, "router") + text(642, 390, "row 1's output now depends on row 2", 12, "loss")
+
+
 @drawing("13_full", "A dry run", "A recipe goes four ways: its base's shape becomes a model without weights, whose parameters are counted; two and three layers with fake tensors say bytes and operations of a layer; "
          "the real rows say how many tokens there are; a small random model of the same kind takes two real steps.", 860, 330)
 def full():

@@ -1,0 +1,66 @@
+"""The paper's own axes on the easy toy world: λ by rank, and M by N at one budget.
+
+    python benchmarks/axes.py nbs/results/axes-toy.json --runs runs/axes
+
+Each field is a whole run of the recipe `demo` with one thing changed, cut to STEPS steps, with one seed: one field alone proves
+nothing, a trend over a row or column may. `lora_alpha / r` is the recipe's everywhere. In the second table the rank is the one
+that brings the parameters nearest to the recipe's. Every run keeps a folder of its own under --runs: finished ones are read, an
+interrupted measurement goes on. --table takes one of the two.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import transformers
+
+from d2mora.budgets import nearest_size, trained_parameters
+from d2mora.compare import about_comparison, one_run, varied
+from d2mora.recipe import Recipe, load_recipe
+from d2mora.runs import read_metrics, write_text
+
+STEPS, SEED, LIMIT = 200, 0, 100  # LIMIT: test rows a task
+WEIGHTS, RANKS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2), (1, 3, 6)
+DOWN, UP = (1, 2, 4), (1, 2, 4, 8)
+PLATEAU = 0.15  # nats per graded token: runs stay near 0.19 until they have found how the tasks are put
+
+def resized(recipe: Recipe, r: int, **changes) -> dict:
+    "The recipe's adapter with another rank, lora_alpha / r kept."
+    return recipe.adapter | {"r": r, "lora_alpha": r * recipe.adapter["lora_alpha"] / recipe.adapter["r"]} | changes
+
+def at_budget(recipe: Recipe, M: int, N: int) -> dict:
+    "M and N experts of the rank that comes nearest to the recipe's number of parameters."
+    sized = lambda r: resized(recipe, r, num_down_experts=M, num_up_experts=N)
+    return sized(nearest_size(lambda r: trained_parameters(recipe, sized(r)), trained_parameters(recipe)))
+
+def fields(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
+    "For each table the name and the adapter of each of its fields."
+    return {"weight-rank": [(f"weight-{w:g}-r-{r}", resized(recipe, r, orthogonality_weight=w)) for w in WEIGHTS for r in RANKS],
+            "down-up": [(f"down-{M}-up-{N}", at_budget(recipe, M, N)) for M in DOWN for N in UP]}
+
+def measured(recipe: Recipe, adapter: dict, folder: Path) -> dict:
+    "One field: what it is, what it reached, how alike its experts are, and the first logged step off the plateau."
+    run, logged = one_run(varied(recipe, adapter), folder, limit=LIMIT), [line for line in read_metrics(folder) if "loss" in line]
+    kept = {k: adapter[k] for k in ("r", "num_down_experts", "num_up_experts", "orthogonality_weight")}
+    return kept | {"parameters": run["parameters"], "average": run["grades"]["choice"]["average"], "alike": run["alike"],
+                   "left_plateau": next((line["step"] for line in logged if line["loss"] < PLATEAU), None)}
+
+def main():
+    "Command line."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/axes"))
+    parser.add_argument("--table", choices=("weight-rank", "down-up"))
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    recipe = load_recipe("demo", {"training.max_steps": STEPS, "training.seed": SEED, "training.disable_tqdm": True})
+    kept = json.loads(args.output.read_text())["tables"] if args.output.is_file() else {}
+    for table, own in fields(recipe).items():
+        if args.table not in (None, table): continue
+        for number, (name, adapter) in enumerate(own, 1):
+            kept.setdefault(table, {})[name] = found = measured(recipe, adapter, args.runs / name)
+            about = about_comparison(recipe, "equal", LIMIT) | {"command": f"python benchmarks/axes.py {args.output}", "plateau": PLATEAU}
+            write_text(args.output, json.dumps(about | {"tables": kept}, indent=1) + "\n")
+            print(f"{table} {number} of {len(own)}: {name}: {100 * found['average']:.1f}, off the plateau at step {found['left_plateau']}", flush=True)
+
+if __name__ == "__main__":
+    main()

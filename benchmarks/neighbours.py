@@ -1,0 +1,81 @@
+"""The ideas of neighbouring methods, written as pairings in notebook 12d, trained on the easy toy world beside ours.
+
+    python benchmarks/neighbours.py nbs/results/neighbours-toy.json
+
+The pairings are read from the notebook: its cells that say so are run here. Each idea is trained once, with one seed, as the fields of
+axes.py are: the recipe `demo`, cut to the same steps, graded on as many rows. Nothing was tuned for any of them. Finished ones stand in
+the output file and are not trained again.
+"""
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import torch
+import transformers
+from axes import LIMIT, PLATEAU, SEED, STEPS
+from torch import Tensor
+
+from d2mora.compare import about_comparison, varied
+from d2mora.data import data_path
+from d2mora.evaluate import test_rows
+from d2mora.many_to_many import mix_down
+from d2mora.protocols import grade_rows
+from d2mora.recipe import load_base, load_recipe
+from d2mora.routers import many_to_many
+from d2mora.runs import read_metrics, write_text
+from d2mora.shared_a import mix_up, one_to_many, one_to_one
+from d2mora.train import train
+from d2mora.tuner import PAIRINGS
+
+NOTEBOOK = Path(__file__).parents[1] / "nbs" / "12d_neighbours.ipynb"
+GIVEN = dict(torch=torch, Tensor=Tensor, replace=replace, mix_down=mix_down, mix_up=mix_up, one_to_one=one_to_one,
+             one_to_many=one_to_many, many_to_many=many_to_many, PAIRINGS=PAIRINGS)
+
+def ideas() -> dict:
+    "Run the notebook's marked cells; what they define."
+    cells = [c.source for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.source.startswith("# benchmarks/neighbours.py runs this cell too")]
+    for source in cells: exec(source, GIVEN)
+    return GIVEN
+
+class Hand(transformers.TrainerCallback):
+    "Does to the model what an idea needs besides its pairing, and keeps hold of it."
+
+    def __init__(self, besides): self.besides = besides
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        self.model = model
+        with torch.no_grad(): self.besides(model)
+
+def measured(recipe, name: str, given: dict) -> dict:
+    "Train one idea and grade it in memory: an adapter with a pairing of a notebook can be loaded nowhere else."
+    _, M, N, r = given["IDEAS"][name]
+    adapter = recipe.adapter | dict(pairing=name, num_down_experts=M, num_up_experts=N, r=r, lora_alpha=r * recipe.adapter["lora_alpha"] / recipe.adapter["r"],
+                                    orthogonality_weight=0.0) | given["FIELDS"].get(name, {})
+    hand = Hand(given["BESIDES"].get(name, lambda model: None))
+    with tempfile.TemporaryDirectory() as folder:
+        logged = [line for line in read_metrics(train(varied(recipe, adapter), Path(folder) / "run", [hand])) if "loss" in line]
+    model, tokenizer = hand.model.eval(), load_base(recipe.base)[1]
+    right = {task: [g["right"] for g in grade_rows(model, tokenizer, task, rows)] for task, rows in test_rows(data_path(recipe.data), None, LIMIT).items()}
+    tasks = {task: sum(own) / len(own) for task, own in right.items()}
+    return {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "average": sum(tasks.values()) / len(tasks), "tasks": tasks,
+            "left_plateau": next((line["step"] for line in logged if line["loss"] < PLATEAU), None)}
+
+def main():
+    "Command line."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    recipe, given = load_recipe("demo", {"training.max_steps": STEPS, "training.seed": SEED, "training.disable_tqdm": True}), ideas()
+    found = json.loads(args.output.read_text())["ideas"] if args.output.is_file() else {}
+    for name in given["IDEAS"]:
+        if name not in found: found[name] = measured(recipe, name, given)
+        about = about_comparison(recipe, "equal", LIMIT) | {"command": f"python benchmarks/neighbours.py {args.output}", "plateau": PLATEAU}
+        write_text(args.output, json.dumps(about | {"ideas": found}, indent=1) + "\n")
+        print(f"{name}: {100 * found[name]['average']:.1f}, off the plateau at step {found[name]['left_plateau']}", flush=True)
+
+if __name__ == "__main__":
+    main()
