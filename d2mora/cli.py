@@ -130,22 +130,22 @@ def print_plan(recipe, overrides, output, resume, tokenizer, gpus):
 # %% ../nbs/cli.ipynb #10199ac4
 @app.command(short_help="Grade runs, adapters or a bare base; or ask one question.")
 @click.argument("targets", nargs=-1, metavar="[DIR ...]")
-@click.option("--base", help="A base in place of the run's; alone: grade that bare base.")
-@click.option("--protocol", default="choice", show_default=True, help="choice, content (likelihood), generate (greedy) or official (4 beams).")
+@click.option("--base", help="In place of the run's base; alone: grade that base.")
+@click.option("--protocol", default="choice", help="choice (default), content, generate or official.")
 @click.option("--tasks", callback=listed, help="Comma-separated; default: all with test rows.")
-@click.option("--limit", type=int, help="Grade only the first rows of each task.")
-@click.option("--data", help="Folder of tasks, toy or toy-hard; default: the recipe's.")
-@click.option("--prompt", help="plain or official; default: the protocol's own, the recipe's, or plain.")
-@click.option("--batch-size", default=32, show_default=True, help="Rows at once; halved when memory runs out.")
-@click.option("--output", type=Folder(), help="Where results go; default: into DIR; nowhere for a bare base.")
-@click.option("--again", is_flag=True, help="Move earlier results aside instead of going on from them.")
-@click.option("--ask", "question", help="Answer one question by base and by adapter instead.")
+@click.option("--limit", type=int, help="Only the first rows of each task.")
+@click.option("--data", help="A folder, toy or toy-hard; default: the recipe's.")
+@click.option("--prompt", help="plain or official; default: protocol's or recipe's.")
+@click.option("--batch-size", default=32, show_default=True, help="Rows at once; halved if too many.")
+@click.option("--output", type=Folder(), help="Where results go; default: into DIR.")
+@click.option("--again", is_flag=True, help="Move earlier results aside, grade anew.")
+@click.option("--ask", "question", help="Answer one question by base and adapter instead.")
 def evaluate(targets, base, question, **options):
-    """Grade run folders, adapter folders, or a bare base by --base. Several DIRs are compared, row by row.
+    """Grade run folders, adapter folders, or a bare base by --base.
 
     \b
-    Writes evaluation-PROTOCOL.json, one line per row beside it, a picture and report.md into DIR.
-    Killed, it goes on from the rows that are graded. torchrun -m d2mora.cli evaluate … shares them.
+    Several DIRs are compared row by row. Killed, it goes on with what is left;
+    torchrun -m d2mora.cli evaluate … shares the rows.
     Examples:
       d2mora evaluate runs/mini --limit 200 --tasks boolq,piqa
       d2mora evaluate runs/lora runs/d2mora --protocol official

@@ -166,6 +166,7 @@ def test_help_fits_a_screen_and_has_an_example(args, capsys):
     assert main(args) == 0
     out = capsys.readouterr().out
     assert "Example" in out and len(out.splitlines()) <= 30 and max(map(len, out.splitlines())) <= 100
+    assert args[0] != "evaluate" or len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= 80
 
 
 def command(*args):
