@@ -1,0 +1,166 @@
+"""The comparison of notebook 12e: six methods on 16,000 real rows, on the base that real_base.py has made.
+
+    python benchmarks/real_study.py --seeds 0,1,2       # runs/real; writes nbs/results/compare-real.json after every run
+
+Learning rates are chosen for each method among three by one seed on fewer rows; then every method is trained, seed by seed, and graded on
+real test rows by `content` and `choice`, and by its loss on each of them: on the whole row, and on the answer alone. What is finished in
+runs/real is not done again, so a study that was killed, or is to have more seeds, goes on where it stopped.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from statistics import mean, stdev
+
+import datasets
+import torch
+import transformers
+
+from d2mora.batches import collator_for, encode
+from d2mora.budgets import METHODS, adapters_at
+from d2mora.compare import about_comparison, choose_rate, one_run, varied
+from d2mora.data import DataConfig, read_task
+from d2mora.evaluate import evaluate, load_target
+from d2mora.recipe import Recipe, load_recipe
+from d2mora.report import paired, read_graded
+from d2mora.runs import write_text
+from d2mora.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+PROTOCOLS, KINDS = ("content", "choice"), ("row", "answer")
+REFERENCE = "d2mora"  # the method that the others are held against, row by row
+
+# --- losses on test rows, row by row -----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def batch_losses(model, collator, rows: list[dict]) -> list[dict]:
+    "For each encoded row the loss per token of all of it, and the summed loss of its answer, in nats."
+    batch = collator(rows)
+    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="none").view(following.shape)
+    real = (following != -100).sum(1)
+    return [{"row": (own.sum() / n).item(), "answer": own[row["answer_from"] - 1:].sum().item()} for own, n, row in zip(losses, real, rows)]
+
+def task_losses(model, tokenizer, config: DataConfig, rows: list[dict]) -> list[dict]:
+    "Losses of a task's rows, in their order; rows of like length are read together."
+    columns = {k: [row[k] for row in rows] for k in ("instruction", "input", "output")}
+    coded, found = encode(columns, tokenizer, config), {}
+    ready = [{"input_ids": ids, "graded_from": 0, "answer_from": start} for ids, start in zip(coded["input_ids"], coded["graded_from"])]
+    order = sorted(range(len(ready)), key=lambda i: len(ready[i]["input_ids"]))
+    for start in range(0, len(order), 32):
+        batch = order[start:start + 32]
+        found |= dict(zip(batch, batch_losses(model, collator_for(tokenizer), [ready[i] for i in batch])))
+    return [found[i] for i in range(len(rows))]
+
+def test_losses(recipe: Recipe, folder: Path, limit: int, target: Path | None) -> dict[str, list[dict]]:
+    "Losses of every test row by task; what an earlier call has found is read."
+    path = folder/"test-losses.json"
+    if path.is_file() and (kept := json.loads(path.read_text()))["limit"] == limit: return kept["losses"]
+    model, tokenizer, _ = load_target(target, None if target else recipe.base)
+    config = DataConfig(recipe.data.path, prompt=recipe.data.prompt, cutoff=model.config.max_position_embeddings)  # no test row is cut that the base can read
+    losses = {task: task_losses(model.eval(), tokenizer, config, read_task(recipe.data.path, task, "test").to_list()[:limit]) for task in TASKS}
+    write_text(path, json.dumps({"limit": limit, "losses": losses}))
+    return losses
+
+# --- figures -----------------------------------------------------------------------------------------------------------------
+
+def interval(values: list[float]) -> dict:
+    "Mean and its 95 % interval over rows."
+    half = 1.959964 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return {"mean": mean(values), "half": half, "n": len(values)}
+
+def over_tasks(found: dict[str, dict]) -> dict:
+    "The unweighted mean of tasks, whose rows are independent."
+    return {"mean": mean(f["mean"] for f in found.values()), "half": math.sqrt(sum(f["half"] ** 2 for f in found.values())) / len(found), "n": sum(f["n"] for f in found.values())}
+
+def loss_figures(losses: dict[str, list[dict]], minus: dict[str, list[dict]] | None = None) -> dict[str, dict]:
+    "By kind of loss and task: mean and interval; of the differences on the same rows where another's losses are given."
+    found = {}
+    for kind in KINDS:
+        values = {task: [row[kind] - (minus[task][i][kind] if minus else 0) for i, row in enumerate(own)] for task, own in losses.items()}
+        found[kind] = (own := {task: interval(v) for task, v in values.items()}) | {"average": over_tasks(own)}
+    return found
+
+def held_against(folder: Path, reference: Path, recipe: Recipe, limit: int) -> dict:
+    "A finished run against another on the same rows: McNemar by protocol, differences of losses."
+    tests = {p: paired(read_graded(folder, p), read_graded(reference, p)) for p in PROTOCOLS}
+    return tests | {"losses": loss_figures(test_losses(recipe, folder, limit, folder), test_losses(recipe, reference, limit, reference))}
+
+# --- the study ---------------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def clocked(path: Path):
+    "Sum the processor's seconds of all calls in a file; what was finished before costs nothing worth counting."
+    begun, before = time.process_time(), json.loads(path.read_text()) if path.is_file() else 0
+    try: yield
+    finally:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if (spent := time.process_time() - begun) > 1: write_text(path, json.dumps(round(before + spent, 1)))
+
+def seconds(path: Path) -> float: return json.loads(path.read_text()) if path.is_file() else 0.0
+
+def frozen(recipe: Recipe, folder: Path, limit: int) -> dict:
+    "The base without an adapter."
+    folder.mkdir(parents=True, exist_ok=True)
+    grades = {p: evaluate(base=recipe.base, data=recipe.data.path, protocol=p, limit=limit, output=folder, progress=False) for p in PROTOCOLS}
+    kept = ("n", "accuracy", "interval", "chance")
+    return {"grades": {p: {"average": g["average"], "average_interval": g["average_interval"], "tasks": {t: {k: own[k] for k in kept} for t, own in g["tasks"].items()}} for p, g in grades.items()},
+            "losses": loss_figures(test_losses(recipe, folder, limit, None))}
+
+def finished(recipe: Recipe, folder: Path, method: str, limit: int) -> dict:
+    "Train, grade, measure; or read what is there."
+    clock = folder/"seconds.json"
+    if not clock.is_file() or not (folder/"test-losses.json").is_file():
+        with clocked(clock): one_run(recipe, folder, PROTOCOLS, limit), test_losses(recipe, folder, limit, folder)
+    return {"method": method, "cpu_seconds": round(seconds(clock))} | one_run(recipe, folder, PROTOCOLS, limit) | {"losses": loss_figures(test_losses(recipe, folder, limit, folder))}
+
+def choose(recipe: Recipe, folder: Path, adapters: dict[str, dict], args) -> dict[str, dict[str, float | None]]:
+    "Each method's learning rate: one seed, fewer steps."
+    short = varied(recipe, max_steps=args.choosing_steps, warmup_steps=min(recipe.training["warmup_steps"], args.choosing_steps // 4), save_strategy="no", validation_rows=args.choosing_rows)
+    with clocked(folder/"seconds.json"): return {m: choose_rate(varied(short, adapter), folder/m, args.learning_rates) for m, adapter in adapters.items()}
+
+def study(recipe: Recipe, folder: Path, args) -> None:
+    "Every method with every seed, seed by seed; the result file is renewed after each run."
+    adapters = adapters_at(recipe, "equal", args.methods)
+    result = about_comparison(recipe, "equal", args.limit) | {"command": "python benchmarks/real_study.py --seeds " + ",".join(map(str, args.seeds)), "planned_seeds": args.seeds, "methods": adapters}
+    result["rows"] = {"train": recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"], "choosing": args.choosing_steps * recipe.training["per_device_train_batch_size"]}
+    result["base_sha256"] = sha256((Path(recipe.base)/"model.safetensors").read_bytes()).hexdigest()
+    result["learning_rates"] = rates = choose(recipe, folder/"learning-rates", adapters, args)
+    result |= {"choosing_cpu_seconds": round(seconds(folder/"learning-rates"/"seconds.json")), "frozen": frozen(recipe, folder/"frozen", args.limit), "runs": [], "paired": {}}
+    for seed in args.seeds:
+        for method, adapter in adapters.items():
+            one = varied(recipe, adapter, learning_rate=float(min(rates[method], key=rates[method].__getitem__)), seed=seed)
+            result["runs"].append(finished(one, folder/method/f"seed-{seed}", method, args.limit))
+            done = [r["method"] for r in result["runs"] if r["seed"] == seed]
+            if method == REFERENCE: result["paired"][str(seed)] = {m: held_against(folder/m/f"seed-{seed}", folder/REFERENCE/f"seed-{seed}", recipe, args.limit) for m in done if m != REFERENCE}
+            write_text(args.results, json.dumps(result, indent=1) + "\n")
+            print(f"{len(result['runs'])} of {len(args.seeds) * len(adapters)} runs: {method}, seed {seed}", file=sys.stderr, flush=True)
+
+def main(argv=None) -> None:
+    "Command line."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="base=FOLDER, section.key=value: values of benchmarks/real.yaml")
+    numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]
+    parser.add_argument("--methods", type=numbers(str), default=list(METHODS), help=f"{REFERENCE} is the one that the others are held against")
+    parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2, 3, 4])
+    parser.add_argument("--learning-rates", type=numbers(float), default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--choosing-steps", type=int, default=60)
+    parser.add_argument("--choosing-rows", type=int, default=300, help="to validate on")
+    parser.add_argument("--limit", type=int, default=300, help="test rows a task")
+    parser.add_argument("--output", type=Path, default=ROOT/"runs/real")
+    parser.add_argument("--results", type=Path, default=ROOT/"nbs/results/compare-real.json")
+    args = parser.parse_args(argv)
+    study(load_recipe(ROOT/"benchmarks/real.yaml", args.overrides), args.output, args)
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.disable_progress_bars()
+    os.chdir(ROOT)  # the recipe names its folders from here
+    try: main()
+    except ValueError as error: print(f"real_study: {error}", file=sys.stderr), sys.exit(2)
