@@ -71,10 +71,10 @@ def likeness(
 
 
 def mean_pair(
-    matrix: np.ndarray,  # (E, E)
+    matrix: np.ndarray | list,  # (E, E)
 ) -> float:              # nan for a single expert
     "The mean over pairs of different experts."
-    pairs = matrix[np.triu_indices(len(matrix), 1)]
+    pairs = np.asarray(matrix)[np.triu_indices(len(matrix), 1)]
     return float(pairs.mean()) if len(pairs) else float("nan")
 
 # %% ../nbs/11_likeness.ipynb #e38a7522
@@ -123,11 +123,11 @@ def what_curves_say(all_found: dict[str, list[dict]], kinds: list[str]) -> str:
 
 # %% ../nbs/11_likeness.ipynb #bae39e76
 def draw_similarity(
-    models: dict[str, nn.Module | str | Path],  # name -> a model, or the folder of a run
+    models: dict[str, nn.Module | str | Path | list[dict]],  # name -> a model, the folder of a run, or what `likeness` found
     kinds: Iterable[str] | None = None,         # of layers; default: q, k and v
 ):                                              # a matplotlib Figure; None if no model has two experts on a side
     "Mean |cosine| and mean subspace overlap of the pairs of experts over the blocks: a line for each model."
-    found = {name: likeness(as_model(source)) for name, source in models.items()}
+    found = {name: source if isinstance(source, list) else likeness(as_model(source)) for name, source in models.items()}
     found = {name: own for name, own in found.items() if any(len(f["cosine"]) > 1 for f in own)}
     if not found: return None
     kinds = list(kinds or main_kinds(next(iter(found.values()))))
