@@ -1,11 +1,10 @@
-"""What LoRA, one-to-many and D2MoRA reach on the toy world: equal steps, equal learning rate, parameters equal to within 3 %.
+"""What LoRA, one-to-many and D2MoRA reach on the easy toy world: equal steps, equal learning rate, parameters equal to within 3 %.
 
 How strongly an update counts, lora_alpha / r, is chosen for each method among the same three by the loss on training rows set aside.
 
-    python benchmarks/toy_methods.py --world toy --output nbs/results/toy-methods.json
-    python benchmarks/toy_methods.py --world toy-hard --output nbs/results/toy-hard-methods.json
+    python benchmarks/toy_methods.py --steps 400 --output nbs/results/toy-methods.json
 
-Each run is `train` and `evaluate` of the recipe `demo` or `demo-hard` with another adapter, on one thread. Finished runs are kept in the
+Each run is `train` and `evaluate` of the recipe `demo` with another adapter, on one thread. The hard world has `d2mora compare demo-hard`. Finished runs are kept in the
 output file, so that an interrupted measurement goes on where it stopped.
 """
 import argparse
@@ -36,21 +35,21 @@ METHODS = {
 }
 SCALES, CHOOSING_SEED, HELD_OUT = (2, 8, 32), 100, 400  # lora_alpha / r; the seed and the training rows set aside to choose it by
 
-def recipe_of(world: str, method: str, scale: int, seed: int, changes: dict):
-    "The world's recipe with another method, scale and seed."
-    recipe = load_recipe({"toy": "demo", "toy-hard": "demo-hard"}[world], {"training.seed": seed, "training.disable_tqdm": True} | changes)
+def recipe_of(method: str, scale: int, seed: int, changes: dict):
+    "The demo's recipe with another method, scale and seed."
+    recipe = load_recipe("demo", {"training.seed": seed, "training.disable_tqdm": True} | changes)
     recipe.adapter = METHODS[method] | dict(lora_alpha=scale * METHODS[method]["r"])
     return recipe
 
-def held_out_loss(world: str, method: str, scale: int, changes: dict) -> float:
+def held_out_loss(method: str, scale: int, changes: dict) -> float:
     "Final loss on training rows that were set aside; tested facts play no part in the choice."
     with tempfile.TemporaryDirectory() as folder:
-        run = train(recipe_of(world, method, scale, CHOOSING_SEED, changes | {"data.validation_rows": HELD_OUT}), Path(folder) / "run")
+        run = train(recipe_of(method, scale, CHOOSING_SEED, changes | {"data.validation_rows": HELD_OUT}), Path(folder) / "run")
         return mean(last for _, last in validation_losses(run).values())
 
-def one_run(world: str, method: str, scale: int, seed: int, changes: dict) -> dict:
+def one_run(method: str, scale: int, seed: int, changes: dict) -> dict:
     "Train and grade one method with one seed."
-    recipe = recipe_of(world, method, scale, seed, changes)
+    recipe = recipe_of(method, scale, seed, changes)
     trained = sum(p.numel() for p in adapted_base(recipe, seed)[0].parameters() if p.requires_grad)
     with tempfile.TemporaryDirectory() as folder:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -81,7 +80,6 @@ def write(path: Path, command: str, choice: dict, runs: list[dict]):
 def main(argv=None):
     "Command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=("toy", "toy-hard"), default="toy")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int)
@@ -95,13 +93,13 @@ def main(argv=None):
     for method in methods:
         losses = choice.setdefault(method, {})
         for scale in (s for s in SCALES if str(s) not in losses):
-            losses[str(scale)] = held_out_loss(args.world, method, scale, changes)
+            losses[str(scale)] = held_out_loss(method, scale, changes)
             write(args.output, command, choice, runs)
             print(method, "scale", scale, "held-out loss", losses[str(scale)], flush=True)
     done = {(r["method"], r["seed"]) for r in runs}
     for seed in map(int, args.seeds.split(",")):
         for method in (m for m in methods if (m, seed) not in done):
-            runs.append(one_run(args.world, method, int(min(choice[method], key=choice[method].get)), seed, changes))
+            runs.append(one_run(method, int(min(choice[method], key=choice[method].get)), seed, changes))
             write(args.output, command, choice, runs)
             print({k: v for k, v in runs[-1].items() if k != "tasks"}, {t: v["accuracy"] for t, v in runs[-1]["tasks"].items()}, flush=True)
 
