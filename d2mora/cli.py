@@ -55,7 +55,7 @@ def listed(ctx, param, text: str | None) -> list[str] | None:
     if found == []: raise click.BadParameter("it names nothing: leave it out, or put commas between names", ctx, param)
     return found
 
-
+# %% ../nbs/cli.ipynb #clgroup1
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(versions(), message="%(version)s")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")

@@ -8,10 +8,12 @@ import sys
 import pytest
 from PIL import Image
 
+import d2mora.compare
+from d2mora.cli import main
 from d2mora.compare import run
 from d2mora.recipe import load_recipe
 
-SHORT = {"training.max_steps": 12, "training.disable_tqdm": True, "data.tasks": ["boolq", "piqa"]}
+SHORT = {"training.max_steps": 2, "training.warmup_steps": 0, "training.disable_tqdm": True, "data.tasks": ["piqa"]}
 
 
 def command(*words, **kwargs):
@@ -48,10 +50,11 @@ def test_demo_grades_before_and_after(demo):
     assert "report.md" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_second_demo_takes_the_next_folder(demo):
-    folder, _ = demo
-    done = command("demo", "training.max_steps=1", "data.tasks=[piqa]", cwd=folder.parents[1])
-    assert done.returncode == 0 and (folder.parent / "demo-2" / "report.md").is_file()
+def test_second_demo_takes_the_next_folder(demo, monkeypatch):
+    monkeypatch.chdir(demo[0].parents[1])
+    taken = []
+    monkeypatch.setattr(d2mora.compare, "run", lambda recipe, folder: taken.append(str(folder)) or "")
+    assert main(["demo"]) == 0 and taken == [os.path.join("runs", "demo-2")]
 
 
 @pytest.mark.parametrize("words, parts", [
@@ -59,10 +62,11 @@ def test_second_demo_takes_the_next_folder(demo):
     (["train", "demo", "data.tasks=[boolq,piqua]", "--output", "run"], ["piqua", "piqa"]),
     (["demo", "training.max_steps=0"], ["max_steps"]),
 ])
-def test_mistakes_are_one_line(tmp_path, words, parts):
-    done = command(*words, cwd=tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
-    assert all(part in done.stderr for part in parts)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, parts):
+    monkeypatch.chdir(tmp_path)
+    status, (out, err) = main(words), capsys.readouterr()
+    assert status == 2 and len(err.splitlines()) == 1 and not out, err
+    assert all(part in err for part in parts)
     assert not list(tmp_path.iterdir())
 
 
