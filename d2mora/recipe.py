@@ -158,7 +158,7 @@ def adapter_config(
 REFUSED = {"output_dir": "the run folder is given by --output alone", "resume_from_checkpoint": "use --resume",
            "train_sampling_strategy": "set data.sampling", "remove_unused_columns": "it would remove the loss mask", "push_to_hub": "push the finished adapter instead"}
 LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "per_device_train_batch_size": 1,
-         "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 0, "save_steps": 0}
+         "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 0, "save_steps": 0, "adam_epsilon": 0, "dataloader_num_workers": 0}
 
 
 def check_training(
@@ -172,6 +172,8 @@ def check_training(
         raise ValueError(f"training.num_train_epochs={training['num_train_epochs']}: must be more than 0")
     for key, least in LEAST.items():
         if training.get(key, least) < least: raise ValueError(f"training.{key}={training[key]}: must be at least {least}")
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= training.get(key, 0) < 1: raise ValueError(f"training.{key}={training[key]}: must be at least 0 and below 1")
     for key in ("seed", "data_seed"):
         if not 0 <= (training.get(key) or 0) < 2**32: raise ValueError(f"training.{key}={training[key]}: must be at least 0 and below 2**32")
 
@@ -181,9 +183,10 @@ def parse_override(
 ) -> tuple[str, Any]:  # the key and its value
     "Split one override."
     key, equals, value = text.partition("=")
-    if not equals: raise ValueError(f"'{text}' is not understood: write base=NAME or section.key=value")
+    said = f"'{text[:60]}{'…' * (len(text) > 60)}'"
+    if not equals: raise ValueError(f"{said} is not understood: write base=NAME or section.key=value")
     if key == "base": return key, value
-    return key, read_yaml(value, f"'{text}'")
+    return key, read_yaml(value, said)
 
 # %% ../nbs/08c_recipe.ipynb #176f8b58
 def override(

@@ -147,7 +147,7 @@ def check_saved(
     default = {f.name: f.default for f in fields(D2MoraConfig)}
     try:
         with safe_open(weights, "pt") as file: shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (SafetensorError, OSError) as error: raise ValueError(f"{weights}: {first_line(error)}") from error
+    except (SafetensorError, OSError) as error: raise ValueError(f"{weights} cannot be read: {first_line(error)}: copy the adapter's folder again") from error
     for name, shape in shapes.items():
         key = {"d2mora_A": "num_down_experts", "d2mora_B": "num_up_experts"}.get(name.rpartition(".")[-1])
         if key and shape[:2] != (said := [config.get(k, default[k]) for k in (key, "r")]):
@@ -180,8 +180,8 @@ def read_adapter(
     "Read an adapter's configuration, and refuse what PEFT should not act on."
     path = folder/"adapter_config.json"
     try: config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error: raise ValueError(f"{path}: {first_line(error)}") from error
-    if not isinstance(config, dict): raise ValueError(f"{path}: it holds no keys and values")
+    except (OSError, ValueError, RecursionError) as error: raise ValueError(f"{path} is no JSON: {first_line(error)}: copy the adapter's folder again") from error
+    if not isinstance(config, dict): raise ValueError(f"{path}: it holds no keys and values: copy the adapter's folder again")
     check_words(config, f"{path}: ")
     check_fields(config, path)
     check_saved(config, folder/"adapter_model.safetensors")

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -146,7 +146,9 @@ def rehearse(
         if not split: trainer.create_optimizer_and_scheduler(num_training_steps=1)
         torch.utils.data.DataLoader(cast(Any, trainer.train_dataset), num_workers=args.dataloader_num_workers, prefetch_factor=args.dataloader_prefetch_factor,
                                     persistent_workers=args.dataloader_persistent_workers)
-    except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error: raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        with suppress(OSError): Path(str(args.output_dir)).rmdir()  # the Trainer made it; goes only if it is empty
+        raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
     trainer.optimizer = trainer.lr_scheduler = None
 
 
