@@ -281,7 +281,7 @@ def router_page(
     first = next(iter(found["layers"].values()))
     with canvas() as (_, _, colors): tints = {side: shades(colors[side], len(weights[0])) for side, weights in first.items()}
     extra = {"colors": {side: list(map(to_hex, own)) for side, own in tints.items()}, "inks": {side: list(map(ink, own)) for side, own in tints.items()}}
-    data = json.dumps(found | extra, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps(found | extra, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no tag of a row's ends or begins a script
     return (files("d2mora") / "assets" / "router_map.html").read_text(encoding="utf-8").replace("/*MAP*/null", data)
 
 
