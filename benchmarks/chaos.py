@@ -29,6 +29,7 @@ from forks import POINTS, Fork, arm, watch
 
 import d2mora
 from d2mora.recipe import load_base
+from d2mora.runs import write_text
 from d2mora.tasks import toy_rows
 
 TASKS = ("boolq", "piqa")
@@ -73,7 +74,7 @@ class Place:
                 (self.data / task / f"{split}.json").write_text(json.dumps(toy_rows("toy", task, split)[:count], indent=1))
         own = {"data.path": str(self.data)}
         graded = ["--tasks", ",".join(TASKS), "--batch-size", "3", "--data", str(self.data)]
-        few = {"training.max_steps": 4, "training.save_steps": 2, "training.save_strategy": "steps"}
+        few = {"training.max_steps": 4, "data.validation_rows": 6, "training.save_steps": 2, "training.save_strategy": "steps"}
         self.cases = {
             "train": Case("train", ["train", "demo", *words(**own, **VALIDATES)]),
             "train by length": Case("train", ["train", "demo", *words(**own, **BY_LENGTH)]),
@@ -138,7 +139,7 @@ class Place:
         self.begin(case)
         status, said = self.whole(case)
         assert status == 0, (name, status, said)
-        return self.differences(name)
+        return sorted(self.differences(name))
 
     def differences(self, name, stopped=False):
         "Files of the undisturbed result that are missing or other here, with their bytes; and files that are left over, with 0."
@@ -445,15 +446,20 @@ def unmount(place):
 
 
 def plan_of(count, dice):
-    "The faults to throw: all of `PLAN` in a random order, or some of `SHORT`."
+    "The faults to throw, case by case: all of `PLAN`, a sample of it, or some of `SHORT`."
     if count <= len(SHORT):
         return SHORT[:count]
     every = [(kind, name) for kind, own in PLAN.items() for name, times in own.items() for _ in range(times)]
-    dice.shuffle(every)
-    return every[:count]
+    order = list(PLAN["SIGKILL at a moment"]) + ["train, two processes", "evaluate, two processes"]
+    return sorted(dice.sample(every, min(count, len(every))), key=lambda own: order.index(own[1]))
 
 
-def summary(faults, uneven, place, args, seconds):
+def versions():
+    names = ("d2mora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "filelock")
+    return {name: version(name) for name in names} | {"python": platform.python_version(), "system": platform.system()}
+
+
+def summary(faults, uneven, args, seconds):
     "All figures."
     counts = {key: {str(k): n for k, n in sorted(Counter(fault[key] for fault in faults).items())} for key in ("kind", "command")}
     method = {"full disk": "tmpfs" if mounts() else "RLIMIT_FSIZE", "read-only output": "immutable flag" if os.geteuid() == 0 else "mode", "two processes": "gloo, forked with torchrun's environment"}
@@ -461,9 +467,7 @@ def summary(faults, uneven, place, args, seconds):
         "command": f"python benchmarks/chaos.py --faults {args.faults} --seed {args.seed}", "seed": args.seed, "faults": len(faults), "survived": sum(f["survived"] for f in faults),
         "bytes_lost": sum(f.get("bytes_lost", 0) for f in faults), "by_kind": counts["kind"], "by_command": counts["command"],
         "kinds_by_command": {kind: dict(Counter(f["command"] for f in faults if f["kind"] == kind)) for kind in counts["kind"]}, "methods": method, "seconds": round(seconds),
-        "undisturbed_twice": {name: {"files": len(tree(place.kept / name)), "differing": sorted(found)} for name, found in uneven.items()}, "not_compared": list(UNEVEN),
-        "versions": {name: version(name) for name in ("d2mora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "filelock")}
-        | {"python": platform.python_version(), "system": platform.system()}, "thrown": faults,
+        "undisturbed_twice": uneven, "not_compared": list(UNEVEN), "versions": versions(), "thrown": faults,
     }  # fmt: skip
 
 
@@ -472,6 +476,7 @@ def main():
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="Faults of this kind, or on this case.")
+    parser.add_argument("--at-most", type=int, default=1000, help="Throw so many now; given again, the command goes on with the next.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "chaos.json")
     args = parser.parse_args()
     dice, began, root = random.Random(args.seed), time.monotonic(), Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -481,23 +486,38 @@ def main():
     load_base("toy")  # fills caches of the libraries that every fork inherits
     gc.freeze()
     plan = [(kind, name) for kind, name in plan_of(args.faults, dice) if args.only in (None, kind, name)]
-    needed = dict.fromkeys([*(place.cases[name].prepared or "train" for _, name in plan), *(name for _, name in plan)])
-    faults = []
+    part = args.output.with_suffix(".part.jsonl")  # this driver may be killed too
+    about = {"seed": args.seed, "plan": plan, "versions": versions()}
+    faults, uneven, spent = done_before(part, json.loads(json.dumps(about)))
+    left = plan[len(faults) :][: args.at_most]
     try:
-        uneven = {name: place.reference(name) for name in needed}
-        print(f"{len(uneven)} commands undisturbed, twice each: {time.monotonic() - began:.0f} s; differing files: {sum(map(len, uneven.values()))}", file=sys.stderr, flush=True)
-        for kind, name in plan:
+        for name in dict.fromkeys(name for _, name in left):
+            for needed in (place.cases[name].prepared or "train", name):
+                if not place.cases[needed].events:
+                    uneven[needed] = {"differing": place.reference(needed), "files": len(tree(place.kept / needed))}
+        print(f"{len(uneven)} commands undisturbed, twice each: {time.monotonic() - began:.0f} s; differing: {[own['differing'] for own in uneven.values() if own['differing']]}", file=sys.stderr, flush=True)
+        for kind, name in left:
             faults.append(throw(place, kind, name, random.Random(f"{args.seed} {len(faults)}")))
+            write_text(part, json.dumps(about | {"seconds": spent + time.monotonic() - began, "uneven": uneven, "thrown": faults}))
             print(f"{len(faults):3} {time.monotonic() - began:5.0f} s  {kind}, {name}: {faults[-1].get('wrong') or 'survived'}", file=sys.stderr, flush=True)
-        result = summary(faults, uneven, place, args, time.monotonic() - began)
     finally:
         forbid(place.out, False)
         unmount(place)
         shutil.rmtree(root, ignore_errors=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if len(faults) < len(plan):
+        return print(f"{len(faults)} of {len(plan)} faults thrown; given again, the command goes on") or 3
+    result = summary(faults, uneven, args, spent + time.monotonic() - began)
+    write_text(args.output, json.dumps(result, indent=1) + "\n")
+    part.unlink()
     print(f"{result['faults']} faults, {result['survived']} survived, {result['bytes_lost']} bytes lost, {result['seconds']} s: {args.output}")
-    return int(result["survived"] < result["faults"] or any(uneven.values()))
+    return int(result["survived"] < result["faults"] or any(own["differing"] for own in uneven.values()))
+
+
+def done_before(part, about):
+    "What an earlier call with the same seed, plan and versions has thrown: faults, undisturbed runs, seconds."
+    if not part.exists() or any((old := json.loads(part.read_text()))[key] != value for key, value in about.items()):
+        return [], {}, 0.0
+    return old["thrown"], old["uneven"], old["seconds"]
 
 
 if __name__ == "__main__":

@@ -447,14 +447,16 @@ def export(
     "Make a plain LoRA of a routed adapter, and say what it costs."
     folder, chosen = Path(folder), ExportSettings(**settings)
     adapter = check_source(target, base, chosen.merge)
+    aside = folder.with_name(f".{folder.name}.tmp")/"made"
+    if aside.parent.is_dir():
+        with locked(aside.parent, folder): remove(aside)  # of an export that was killed
     if folder.exists(): raise ValueError(f"'{folder}' exists: name a folder that is not there yet")
     model, tokenizer, config = load_target(target, base)
     tasks, (chosen, config) = check_tasks(config, tasks), adapt_settings(chosen, target, config, data, model)
     check_rank(model.peft_config["default"], chosen.rank)
-    job, aside = partial(export_one, on_device(model), tokenizer, config), folder.with_name(f".{folder.name}.tmp")/"made"
+    job = partial(export_one, on_device(model), tokenizer, config)
     name = base or json.loads((adapter/"adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     with locked(aside.parent, folder):
-        remove(aside)  # of an export that was killed
         try: found = {task: job([task], chosen, aside/task, name) for task in tasks} if per_task else {"": job(tasks, chosen, aside, name)}
         except BaseException:
             remove(aside)
