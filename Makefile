@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test nbmake: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
-.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks
+.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks fuzz bad-input
 
 help:                                        ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -69,3 +69,9 @@ leaks: install                               ## memory, hooks, files over 1,000 
 
 base: install                                ## make the embedded toy base again from its seed (10 to 20 minutes)
 	$(BIN)/python nbs/pretrain_base.py
+
+fuzz: install                                ## 5,200 generated cases, good and bad: benchmarks/results/fuzz.json (about 10 minutes)
+	D2MORA_FUZZ=benchmarks/results/fuzz.json OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py
+
+bad-input: install                           ## the catalogue's answers, kept for the site: benchmarks/results/bad_input.json
+	D2MORA_RECORD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_bad_input.py
