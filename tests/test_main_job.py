@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
+from d2mora.cli import main
 from d2mora.data import read_task
-from d2mora.tasks import TASKS
+from d2mora.evaluate import evaluate
 from d2mora.recipe import load_recipe
 from d2mora.runs import validation_losses
+from d2mora.tasks import TASKS
+from d2mora.train import train
 
 TRAINED = [task for task in TASKS if task != "hellaswag"]
 
@@ -36,16 +39,18 @@ def data(tmp_path_factory, shared):
     return folder, shared / "models/stories260K"
 
 
-def trained(data, output, *more):
-    short = ["training.max_steps=25", "training.warmup_steps=5", "training.per_device_train_batch_size=8", "data.validation_rows=140",
-             "training.save_strategy=no"]
-    d2mora("train", "commonsense-mini", f"base={data[1]}", f"data.path={data[0]}", *short, *more, "--output", output)
-    return output
+def words(data, **more):
+    "What the runs here are told."
+    told = {"base": data[1], "data.path": data[0], "data.validation_rows": 140, "training.max_steps": 25, "training.warmup_steps": 5,
+            "training.per_device_train_batch_size": 8, "training.save_strategy": "no"}
+    return [f"{key}={value}" for key, value in (told | more).items()]
 
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    return trained(data, tmp_path_factory.mktemp("runs") / "mini")
+    output = tmp_path_factory.mktemp("runs") / "mini"
+    d2mora("train", "commonsense-mini", *words(data), "--output", output)
+    return output
 
 
 def falls(run):
@@ -58,25 +63,19 @@ def test_held_out_loss_falls_on_each_trained_task(run):
 
 
 def test_without_learning_it_does_not(data, tmp_path):
-    still = falls(trained(data, tmp_path / "still", "training.learning_rate=0", "training.max_steps=2"))
+    still = falls(train(load_recipe("commonsense-mini", words(data, **{"training.learning_rate": 0, "training.max_steps": 2, "training.disable_tqdm": True})), tmp_path / "still"))
     assert set(still) == set(TRAINED) and all(abs(fall) < 1e-6 for fall in still.values()), still
 
 
-def test_all_eight_tasks_are_graded_and_cut_prompts_counted(run, data):
-    out = d2mora("evaluate", run, "--data", data[0])
+def test_all_eight_tasks_are_graded_and_cut_prompts_counted(run, data, capsys):
+    assert main(["evaluate", str(run), "--data", str(data[0])]) == 0
+    out = capsys.readouterr().out
     result = json.loads((run / "evaluation-choice.json").read_text())
     assert list(result["tasks"]) == list(TASKS) and all(t["n"] == 16 for t in result["tasks"].values())
     assert result["tasks"]["hellaswag"]["shortened"] > 0 and "hellaswag" in out and "D2MoRA" in out
-    base = json.loads(d2mora_base(data))
+    base = evaluate(base=str(data[1]), data=str(data[0]))["tasks"]
     for task in TRAINED:  # on the test sets, too, the right word's loss falls; HellaSwag's words were not trained
-        assert result["tasks"][task]["answer_loss"] < base[task] - 0.1, task
-
-
-def d2mora_base(data):
-    "Each task's answer loss of the frozen base, as JSON."
-    from d2mora.evaluate import evaluate
-
-    return json.dumps({task: t["answer_loss"] for task, t in evaluate(base=str(data[1]), data=str(data[0]))["tasks"].items()})
+        assert result["tasks"][task]["answer_loss"] < base[task]["answer_loss"] - 0.1, task
 
 
 def test_the_recipe_of_the_run_is_resolved(run, data):
