@@ -335,7 +335,7 @@ def peak(code):
     "What a process of its own prints that runs this, `mib()` being how much it came to hold since its imports; a bomb is to hurt itself only."
     script = f"import resource, pathlib, yaml\nfrom d2mora.strangers import read_yaml, read_adapter\nheld = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\nbefore = held()\nmib = lambda: held() - before\n{code}"
     limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (6 * 2**30, 6 * 2**30))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, preexec_fn=limit)
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=600, preexec_fn=limit)
     assert done.returncode == 0, done.stderr[-500:]
     return done.stdout.split("\n")
 
@@ -356,7 +356,7 @@ def test_yaml_bombs_do_not_eat_memory():
     control = ALIASES.split("a7:")[0]  # a nine-hundredth of it, where nobody checks
     *said, held, unchecked, _ = peak(TAKEN.format(texts=BOMBS, control=control))
     assert len(said) == len(BOMBS) and all("not YAML" in line for line in said), said
-    assert float(held) < 50 < 8e6 < int(unchecked.split()[0])
+    assert float(held) < 50 < 4e6 < int(unchecked.split()[0])
 
 
 def test_deep_json_is_one_line(adapter, base, capsys, monkeypatch):
@@ -389,28 +389,29 @@ def test_absurd_safetensors_are_refused(name, adapter, base, capsys, monkeypatch
     assert "cannot be loaded" in refused(capsys, monkeypatch, "evaluate", "--base", base, *GRADE)
 
 
-@pytest.mark.parametrize("keys", [{"r": 10**9}, {"num_down_experts": 10**9}, {"num_up_experts": 10**9}, {"r": 2**70}])
+@pytest.mark.parametrize("keys", [{"r": 60_000}, {"num_down_experts": 60_000}, {"num_up_experts": 60_000}, {"r": 2**70}])
 def test_an_adapter_that_asks_for_all_memory_is_not_built(keys, adapter, capsys, monkeypatch):
     changed(adapter / "adapter_config.json", **keys)
     monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda *a, **k: pytest.fail("PEFT was asked to build it"))
-    assert "adapter_model.safetensors" in refused(capsys, monkeypatch, "evaluate", adapter, *GRADE)
+    assert next(iter(keys)) in refused(capsys, monkeypatch, "evaluate", adapter, *GRADE)
 
 
 # ---- secrets ----
 SECRETS = {"HF_TOKEN": "hf_SENTINELSECRETaaaaaaaaaaaaaaaaaaaa", "WANDB_API_KEY": "wandbSENTINELSECRET", "OPENAI_API_KEY": "sk-SENTINELSECRET", "AWS_SECRET_ACCESS_KEY": "awsSENTINELSECRET"}
 
 
-def test_no_secret_is_written_anywhere(tmp_path):
-    "All that a run, a grading, a comparison's cards and an export leave, and what they print."
+def test_no_secret_is_written_anywhere(tmp_path, monkeypatch, capfd):
+    "All that a run, a grading and an export leave, and what they print."
     words = ["training.max_steps=2", "training.save_strategy=steps", "training.save_steps=1", "data.tasks=[boolq]", "data.validation_rows=4", "training.use_cpu=true"]
-    env, said = os.environ | SECRETS | {"HF_HUB_OFFLINE": "1"}, ""
+    for name, value in SECRETS.items(): monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
     for args in (["train", "demo", *words, "--output", "run"], ["evaluate", "run", "--limit", "4"], ["export", "run", "lora", "--rows", "4", "--limit", "4"], ["train", "demo", "adapter.r=0", "--output", "x"]):
-        done = subprocess.run([sys.executable, "-m", "d2mora.cli", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == (2 if "adapter.r=0" in args else 0), done.stderr[-2000:]
-        said += done.stdout + done.stderr
-    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+        assert main(args) == (2 if "adapter.r=0" in args else 0), capfd.readouterr().err[-2000:]
+    files, said = [p for p in tmp_path.rglob("*") if p.is_file()], "".join(capfd.readouterr())
     assert len(files) > 20 and any(p.suffix == ".bin" for p in files)
     assert "SENTINELSECRET" not in said and [p for p in files if b"SENTINELSECRET" in p.read_bytes()] == []
+    (tmp_path / "planted").write_text(os.environ["HF_TOKEN"])
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file() and b"SENTINELSECRET" in p.read_bytes()] == ["planted"]  # it would be found
 
 
 @pytest.mark.parametrize("override", ["training.hub_token=SENTINELSECRET", "training.hub_token=[SENTINELSECRET]", "adapter.tokenizer_kwargs={token: SENTINELSECRET}", "training.token=SENTINELSECRET"])
@@ -473,7 +474,7 @@ def test_rows_with_markup_train_and_grade(tmp_path, capsys):
     words = [f"data.path={tmp_path / 'data'}", "data.tasks=[boolq]", "training.max_steps=1", "training.use_cpu=true"]
     assert main(["train", "demo", *words, "--output", str(tmp_path / "run")]) == 0
     page = next((tmp_path / "run" / "plots").glob("*.html")).read_text()
-    assert "<script>alert" not in page and "alert" in page
+    assert page.count("<script") == page.count("</script") == 1  # the page's own
 
 
 def test_the_tasks_are_as_many_as_their_names(): assert len(TASKS) == 8 and all(name == Path(name).name for name in TASKS)
