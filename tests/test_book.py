@@ -338,5 +338,5 @@ def test_round_trip_sees_a_hand_edit_and_an_orphan(scripts, tmp_path):
 
 
 def test_notebooks_stay_small():
-    heavy = {p.name: p.stat().st_size for p in NOTEBOOKS if p.stat().st_size > 400_000}
+    heavy = {p.name: p.stat().st_size for p in NOTEBOOKS if p.stat().st_size > 150_000}
     assert not heavy, f"outputs too large: {heavy}"
