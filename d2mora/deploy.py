@@ -6,8 +6,8 @@
 __all__ = ['FORMS', 'CARD', 'constant_map', 'equal_lengths', 'add_moments', 'calibrate', 'encoded_rows', 'mean_map', 'fitted_map',
            'low_rank', 'bare_copy', 'lora_config', 'static_lora', 'check_rank', 'next_token_divergence', 'distill',
            'divergences', 'grade', 'cost', 'cost_table', 'form_to_take', 'advice', 'check_source', 'check_tasks',
-           'make_forms', 'measure', 'write_static', 'ExportSettings', 'adapt_settings', 'export_one', 'export',
-           'task_table', 'summary_of']
+           'make_forms', 'measure', 'write_static', 'ExportSettings', 'adapt_settings', 'export_one', 'place_aside',
+           'export', 'task_table', 'summary_of']
 
 # %% ../nbs/14_deploy.ipynb #7fc84339
 import copy
@@ -435,6 +435,15 @@ def export_one(
     return {"costs": costs, "taken": taken}
 
 # %% ../nbs/14_deploy.ipynb #77ee478f
+def place_aside(folder: Path) -> Path:
+    "Where an export grows until it is whole; what a killed one left there is cleared away."
+    aside = folder.with_name(f".{folder.name}.tmp")/"made"
+    if aside.parent.is_dir():
+        with locked(aside.parent, folder): remove(aside)
+    if folder.exists(): raise ValueError(f"'{folder}' exists: name a folder that is not there yet")
+    return aside
+
+
 def export(
     target: str | Path,          # a run folder or an adapter's
     folder: str | Path,          # is made
@@ -447,10 +456,7 @@ def export(
     "Make a plain LoRA of a routed adapter, and say what it costs."
     folder, chosen = Path(folder), ExportSettings(**settings)
     adapter = check_source(target, base, chosen.merge)
-    aside = folder.with_name(f".{folder.name}.tmp")/"made"
-    if aside.parent.is_dir():
-        with locked(aside.parent, folder): remove(aside)  # of an export that was killed
-    if folder.exists(): raise ValueError(f"'{folder}' exists: name a folder that is not there yet")
+    aside = place_aside(folder)
     model, tokenizer, config = load_target(target, base)
     tasks, (chosen, config) = check_tasks(config, tasks), adapt_settings(chosen, target, config, data, model)
     check_rank(model.peft_config["default"], chosen.rank)

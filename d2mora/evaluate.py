@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_target', 'with_adapter', 'tasks_to_grade', 'check_request', 'test_rows', 'on_device', 'bar_of', 'grade_all',
-           'about', 'write_results', 'evaluate', 'ask', 'routing_table']
+           'about', 'write_results', 'begin', 'evaluate', 'ask', 'routing_table']
 
 # %% ../nbs/10d_evaluate.ipynb #956895ae
 import json
@@ -160,6 +160,13 @@ def write_results(
     if all((folder/name).is_file() for name in ("recipe.yaml", "metrics.jsonl", "adapter/README.md")): write_card(folder)
 
 # %% ../nbs/10d_evaluate.ipynb #2250fff8
+def begin(folder: Path | None, settings: dict, again: bool, share: tuple) -> tuple:
+    "The rows graded earlier, and a function that keeps new ones; what the report will be made of is read before hours are spent."
+    opened = open_results(folder, settings, again, share)
+    if folder and folder.is_dir(): report(folder)
+    return opened
+
+
 def evaluate(
     target: str | Path | None = None,  # a run folder, an adapter's folder or a model's; None: the bare base
     base: str | None = None,           # a base in place of the run's, or the bare one
@@ -176,13 +183,11 @@ def evaluate(
     "Grade one adapter or base; write the result, every row, a picture and the report."
     check_request(protocol, limit, batch_size, prompt)
     share, (model, tokenizer, config) = join(), load_target(target, base)
-    path = data_path(DataConfig(path=data or (config.path if config else None)))
-    rows = test_rows(path, tasks, limit)
-    settings = settings_of(model, protocol, PROTOCOLS[protocol].prompt or prompt or (config.prompt if config else "plain"))
-    folder = Path(place) if (place := output or target) else None
+    rows = test_rows(path := data_path(DataConfig(path=data or (config.path if config else None))), tasks, limit)
+    style, place = PROTOCOLS[protocol].prompt or prompt or (config.prompt if config else "plain"), output or target
+    settings, folder = settings_of(model, protocol, style), Path(place) if place else None
     with locked(folder) if folder and share[0] == 0 else nullcontext():
-        done, keep = open_results(folder, settings, again, share)
-        if folder and folder.is_dir(): report(folder)  # what it will be made of can be read
+        done, keep = begin(folder, settings, again, share)
         found = done | everyone(grade_all(on_device(model), tokenizer, rows, settings, batch_size, done, keep, share, progress), share[1])
         result = about(target, model, settings, path, limit, batch_size, share[1]) | results(graded := in_order(rows, found), rows)
         if folder and share[0] == 0: write_results(folder, protocol, result, all_lines(graded, found))

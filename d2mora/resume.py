@@ -93,8 +93,8 @@ class SafeTrainer(FairTrainer):
 
     aside: str | None = None  # where one is being written
 
-    def _load_from_checkpoint(self, checkpoint, *args, **kwargs):
-        with reading(checkpoint): return super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with reading(resume_from_checkpoint): return super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with reading(checkpoint): return super()._load_optimizer_and_scheduler(checkpoint)

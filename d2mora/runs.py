@@ -241,6 +241,7 @@ def locked(
             except filelock.Timeout: raise ValueError(f"output '{name or folder}': another process is writing to it: wait for it, or name another folder") from None
         yield
     finally:
-        with suppress(OSError): lock.is_locked and (folder/LOCK).unlink()  # while it is held: whoever comes next makes a new one; on Windows it stays
+        if lock.is_locked:
+            with suppress(OSError): (folder/LOCK).unlink()  # while it is held: whoever comes next makes a new one; on Windows it stays
         lock.release()
         with suppress(OSError): folder.rmdir()  # goes only if it is empty

@@ -243,7 +243,7 @@ def train(
         checkpoint = begin_from(output, args) if resume else None
         trainer = make_trainer(recipe, rows, output, args, [stopper, *callbacks])
         trainer.accelerator.wait_for_everyone()
-        if main_process(): write_recipe(recipe, output/"recipe.yaml"), write_text(output/"data.json", json.dumps(marks, indent=1) + "\n")
+        if main_process(): write_recipe(recipe, output/"recipe.yaml"); write_text(output/"data.json", json.dumps(marks, indent=1) + "\n")
         fit(trainer, stopper, checkpoint)
         if trainer.eval_dataset and not (validated(trainer) and at_last(trainer)): trainer.evaluate()
         save_adapter(trainer, output)
