@@ -1,6 +1,7 @@
 """The wheel: what is in it, and that it works where nothing of the repository and none of the book's tools can be seen."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -68,11 +69,17 @@ def test_notice_names_what_is_there():
     assert all(name in " ".join(paths) for name in foreign)
 
 
-def test_import_comes_from_the_wheel_without_the_books_tools(python, tmp_path):
-    done = run(python, BLOCK + "import d2mora, peft\nprint(d2mora.__file__); print(peft.PEFT_TYPE_TO_CONFIG_MAPPING['D2MORA'].__name__)", tmp_path)
+def test_import_comes_from_the_wheel_without_the_books_tools_and_is_light(python, tmp_path):
+    code = BLOCK + """import d2mora, json, peft
+heavy = [m for m in ('matplotlib', 'sklearn', 'scipy.stats', 'pandas', 'click') if m in sys.modules]
+import matplotlib.pyplot as plt
+plt.style.use('d2mora.assets.figure')
+print(json.dumps([d2mora.__file__, peft.PEFT_TYPE_TO_CONFIG_MAPPING['D2MORA'].__name__, heavy, plt.rcParams['axes.prop_cycle'].by_key()['color'][:3]]))"""
+    done = run(python, code, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    file, config = done.stdout.split()
+    file, config, heavy, colors = json.loads(done.stdout)
     assert Path(file).is_relative_to(python.parents[1]) and config == "D2MoraConfig"
+    assert heavy == [] and colors == ["#0072B2", "#D55E00", "#009E73"]  # the figures find their style
 
 
 def test_adapter_trains_in_the_wheel(python, tmp_path):
@@ -95,16 +102,6 @@ model.save_pretrained("adapter")
     done = run(python, code, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-
-
-def test_import_is_light(python, tmp_path):
-    done = run(python, "import sys, d2mora\nprint([m for m in ('matplotlib', 'sklearn', 'datasets', 'pandas', 'click') if m in sys.modules])", tmp_path)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr[-500:]
-
-
-def test_figures_find_their_style(python, tmp_path):
-    done = run(python, "import matplotlib.pyplot as plt\nplt.style.use('d2mora.assets.figure'); print(plt.rcParams['axes.prop_cycle'].by_key()['color'][:3])", tmp_path)
-    assert done.stdout.strip() == "['#0072B2', '#D55E00', '#009E73']", done.stderr[-500:]
 
 
 def test_command_is_installed(python, tmp_path):
@@ -168,8 +165,8 @@ def test_what_is_imported_is_declared_with_a_lower_bound_and_the_reverse():
 def test_import_time():
     "In processor time, which does not rise with what else the machine does."
     code = "import time, torch, peft\nstart = time.process_time()\nimport d2mora\nprint(time.process_time() - start)"
-    seconds = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
-    assert seconds < 0.3, f"import d2mora takes {seconds:.2f} s beyond torch and peft"
+    seconds = lambda: float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert any(seconds() < 0.3 for _ in range(2)), "import d2mora takes 0.3 s or more beyond torch and peft"
 
 
 def test_metadata_of_the_wheel(wheel):
