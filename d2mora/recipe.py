@@ -28,7 +28,7 @@ from transformers import TrainingArguments
 import d2mora.tuner  # registers the method with PEFT
 from .batches import check_tokenizer
 from .data import DataConfig, data_path
-from .strangers import UNTRUSTED, check_index, check_words, first_line, methods, read_yaml
+from .strangers import UNTRUSTED, check_index, check_words, checked_download, first_line, methods, read_yaml
 from .tasks import nearest, toy_base
 
 # %% ../nbs/08c_recipe.ipynb #84c7b6a3
@@ -258,8 +258,9 @@ def load_base(
     folder = base_folder(base)
     try:
         check_index(Path(folder))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **UNTRUSTED)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **UNTRUSTED)
+        with checked_download(folder):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **UNTRUSTED)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **UNTRUSTED)
     except Exception as error:
         raise ValueError(f"base '{base}' cannot be loaded: {first_line(error)}; give a hub name or a folder with config.json, weights and tokenizer.json") from error
     check_tokenizer(tokenizer)

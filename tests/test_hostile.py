@@ -446,6 +446,18 @@ def test_a_run_on_local_files_opens_no_connection(tmp_path, monkeypatch):
     assert main(["evaluate", str(tmp_path / "run"), *GRADE]) == 0
 
 
+def test_what_the_hub_sends_is_checked_by_size_and_checksum(tmp_path):
+    "A hub on loopback sends other bytes, more, fewer, and a body that goes on; of a small file too. Only the good one is loaded and kept."
+    script = [sys.executable, str(Path(__file__).with_name("evil_hub.py")), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, env={k: v for k, v in os.environ.items() if not k.startswith("HF_")})
+    found = {line["how"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == {"good", "bytes", "more", "less", "endless", "small"}, done.stderr[-2000:]
+    assert found["good"]["said"].startswith("loaded") and found["good"]["kept"] > 2e6
+    assert all("checksum" in found[how]["said"] for how in ("bytes", "small"))
+    assert all("size" in found[how]["said"] for how in ("more", "less", "endless"))
+    assert all(line["kept"] < (1e6 if how != "small" else 4e6) for how, line in found.items() if how != "good"), found
+
+
 def test_the_embedded_base_is_checked_byte_by_byte(tmp_path):
     shutil.copytree(Path(toy_base()).parent / "toy-base", tmp_path / "toy-base"), shutil.copy(Path(toy_base()).parent / "toy.sha256", tmp_path)
     weights = tmp_path / "toy-base" / "model.safetensors"
