@@ -189,7 +189,7 @@ def test_bad_input_is_one_line_and_changes_nothing(run, tmp_path, capsys):
 def test_a_damaged_results_file_is_one_line(run, tmp_path, capsys):
     (tmp_path / "evaluation-choice.jsonl").write_text('{"hash": \n{"hash": "b"}\n')
     assert main(["evaluate", str(run), "--limit", "2", "--output", str(tmp_path)]) == 2
-    assert "not JSON" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
+    assert "no JSON" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
 
 
 def test_several_folders_are_compared(run, tmp_path, capsys):
