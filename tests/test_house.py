@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -46,6 +47,17 @@ def test_exercises_have_folded_solutions_that_check_themselves(path):
     for cell in solved:
         assert re.search(r"\bassert\b|assert_close", cell.source) and not cell.outputs, cell.source
         assert cell.metadata["jupyter"]["source_hidden"], "a solution that JupyterLab shows unasked"
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in ("index", "glossary")], ids=lambda p: p.stem)
+def test_a_notebook_asks_answers_and_leads_on(scripts, path):
+    "Its question, what one needs and gets, what is known at the end, and the next notebook of the sidebar."
+    text = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
+    assert text[1].startswith("**The question.** ") and "**You need:**" in "".join(text[1:4]) and "**You get:**" in "".join(text[1:4])
+    assert any("## What we know now" in t for t in text[-12:])
+    order = scripts("standin").names_in(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"][0]["contents"])
+    following = order[order.index(path.name) + 1]
+    assert re.search(rf"^Next: \[[^\]]+\]\({re.escape(following)}\)", "\n".join(text), re.M), f"the next notebook is {following}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
