@@ -56,7 +56,7 @@ def subspace_overlap(
     shared = torch.einsum("ird,jsd->ijrs", Q, Q).square().sum((-1, -2))
     return shared / torch.minimum(rank[:, None], rank[None]).clamp(min=1)
 
-# %% ../nbs/11_likeness.ipynb #b603e9e1
+# %% ../nbs/11_likeness.ipynb #ab4824b0
 def likeness(
     model: nn.Module,  # with our adapter
 ) -> list[dict]:       # for each layer and side: layer, block, kind, side, cosine (E, E), overlap (E, E), random
@@ -121,7 +121,7 @@ def what_curves_say(all_found: dict[str, list[dict]], kinds: list[str]) -> str:
     words = ", ".join(f"{NAMES[side]} {m:.2f}" for side, m in shown.items())
     return f"Experts are {'nearly orthogonal' if max(shown.values()) < 0.1 else 'alike'} (mean |cosine| {words}); most alike: {where}, {top:.2f}"
 
-# %% ../nbs/11_likeness.ipynb #bae39e76
+# %% ../nbs/11_likeness.ipynb #e116bbcc
 def draw_similarity(
     models: dict[str, nn.Module | str | Path | list[dict]],  # name -> a model, the folder of a run, or what `likeness` found
     kinds: Iterable[str] | None = None,         # of layers; default: q, k and v
@@ -135,7 +135,7 @@ def draw_similarity(
     with canvas(4, len(kinds), 7.2, 7.0, sharex=True, sharey="row") as (figure, axes, colors):
         for (side, measure), line in zip(rows, axes):
             for ax, kind in zip(line, kinds): _likeness_panel(ax, found, kind, side, measure, colors)
-            line[0].set(ylabel=f"{NAMES[side]}: {MEASURES[measure]}", ylim=(0, _top(found, kinds, measure)))
+            line[0].set(ylabel=f"{NAMES[side]}\n{MEASURES[measure]}", ylim=(0, _top(found, kinds, measure)))
         for ax, kind in zip(axes[0], kinds): ax.set_title(kind)
         for ax in axes[-1]: ax.set_xlabel("block, first to last")
         figure.legend(*axes[-1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
