@@ -69,12 +69,14 @@ def equal_size(recipe: Recipe, method: str) -> dict:
         if found[-1][0] < 0.03: return adapter
     return min(found, key=lambda pair: pair[0])[1]
 
+# %% ../nbs/12_budgets.ipynb #cc1d8343
 def paper_size(ours: dict, method: str) -> dict:
     "A method in the proportion that the paper gives it: LoRA r 64, one-to-one 8 pairs of r 8, one-to-many N 8 of r 12, D2MoRA r 8."
     r = ours["r"]
     sizes = {"lora": ((1, 1), 8 * r), "dora": ((1, 1), 8 * r), "one-to-one": ((8, 8), r), "one-to-many": ((1, 8), round(1.5 * r))}
     return adapter_of(ours, method, *sizes.get(method, ()))
 
+# %% ../nbs/12_budgets.ipynb #dd72283d
 def adapters_at(
     recipe: Recipe,   # whose adapter is D2MoRA
     budget: str = "equal",            # equal: as many parameters as the recipe's adapter; paper: the paper's proportions

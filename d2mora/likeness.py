@@ -167,7 +167,7 @@ def most_alike(found: list[dict], side: str) -> tuple[float, dict, tuple[int, in
     i, j = sorted(map(int, np.unravel_index(off.argmax(), off.shape)))
     return float(off.max()), layer, (i, j)
 
-
+# %% ../nbs/11_likeness.ipynb #1c967823
 def draw_heatmaps(
     model: nn.Module,  # with our adapter
 ):                     # a matplotlib Figure; None if it has no two experts on a side

@@ -54,7 +54,7 @@ def check_tensors(
             what = "NaN or infinity" if tensor.is_floating_point() and tensor.dim() == 2 else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise ValueError(f"{key} holds {what}, not a matrix of finite fractions: take an earlier or another checkpoint")
 
-
+# %% ../nbs/07b_published.ipynb #stackcd1
 def stack_experts(
     module: str,               # name of the layer, for messages
     parts: dict[tuple, Tensor],  # published tensors by (kind, expert)

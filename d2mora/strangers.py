@@ -187,7 +187,7 @@ def check_saved(
         if key and shape[:2] != (said := [config.get(k, default[k]) for k in (key, "r")]):
             raise ValueError(f"{weights}: {name} has shape {shape}, but adapter_config.json says {key}={said[0]}, r={said[1]}: one of them is not this adapter's")
 
-
+# %% ../nbs/07c_strangers.ipynb #19236d15
 def methods() -> dict[str, type[peft.PeftConfig]]:
     "PEFT's methods and ours, by the name that a configuration gives them."
     return {str(getattr(kind, "value", kind)): cls for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -207,7 +207,7 @@ def check_fields(
     try: known[kind](**{key: value for key, value in config.items() if key in {f.name for f in fields(known[kind]) if f.init} - {"peft_type"}})
     except (TypeError, ValueError, AttributeError) as error: raise ValueError(f"{path}: {first_line(error)}") from error
 
-
+# %% ../nbs/07c_strangers.ipynb #f543305c
 def read_adapter(
     folder: Path,  # with adapter_config.json
 ) -> dict:         # the configuration
@@ -221,7 +221,7 @@ def read_adapter(
     check_saved(config, folder/"adapter_model.safetensors")
     return config
 
-
+# %% ../nbs/07c_strangers.ipynb #dae5234f
 def read_weights(
     folder: Path,  # an adapter's
 ) -> dict[str, Tensor]:  # by name, on the CPU

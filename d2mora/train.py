@@ -151,7 +151,7 @@ def rehearse(
         raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
     trainer.optimizer = trainer.lr_scheduler = None
 
-
+# %% ../nbs/09_train.ipynb #2f17e315
 def make_trainer(
     recipe: Recipe,           # what to train
     rows: "Dataset",          # from `read_rows`

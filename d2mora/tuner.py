@@ -118,7 +118,7 @@ def check_experts(
         need = f": it needs {rule[config.pairing]}" if config.pairing in rule else f" ({error})"
         raise ValueError(f"pairing='{config.pairing}' does not fit num_down_experts={M}, num_up_experts={N}{need}") from error
 
-
+# %% ../nbs/07_tuner.ipynb #926baf68
 def check_layers(
     config: "D2MoraConfig",  # the configuration
 ) -> None:
@@ -134,7 +134,7 @@ def check_layers(
     if blocks is not None and isinstance(targets, str) and targets != "all-linear":
         raise ValueError(f"layers_to_transform={blocks!r} does not narrow the pattern target_modules={targets!r}: list names, or put the blocks into the pattern")
 
-
+# %% ../nbs/07_tuner.ipynb #243bb772
 def check_config(
     config: "D2MoraConfig",  # the configuration
 ) -> None:
