@@ -97,8 +97,10 @@ def save_picture(
     "Write a picture as PNG and SVG, with its description inside."
     import matplotlib.pyplot as plt
     folder.mkdir(parents=True, exist_ok=True)
+    if layout := figure.get_layout_engine(): layout.execute(figure)
+    figure.set_layout_engine("none")  # it is laid out now
+    for ax in figure.axes: ax.set_position(np.round(ax.get_position(original=True).bounds, 6))  # a solver's last digit would change names in the SVG
     with plt.rc_context({"svg.hashsalt": name}):
         with whole_file(folder / f"{name}.svg") as aside: figure.savefig(aside, metadata={"Description": figure.get_label(), "Date": None})
-    figure.set_layout_engine("none")  # it is laid out now
     with whole_file(folder / f"{name}.png") as aside: figure.savefig(aside, dpi=110, metadata={"Description": figure.get_label()})
     return folder / f"{name}.png"
