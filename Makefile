@@ -67,6 +67,9 @@ chaos: install                               ## 100 faults, each gone on from an
 leaks: install                               ## memory, hooks, files over 1,000 steps and 200 adapters: benchmarks/results/leaks.json (about 4 minutes)
 	$(BIN)/python benchmarks/leaks.py
 
+determinism: install                         ## the same command twice, and by two processes: benchmarks/results/determinism.json (about 4 minutes)
+	$(BIN)/python benchmarks/determinism.py
+
 base: install                                ## make the embedded toy base again from its seed (10 to 20 minutes)
 	$(BIN)/python nbs/pretrain_base.py
 

@@ -1,0 +1,106 @@
+"""The same command twice, each in a process of its own and with another hash seed: which files differ? And what other numbers of processes or threads change.
+
+`make determinism`, or `python benchmarks/determinism.py`: benchmarks/results/determinism.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from chaos import ROOT, UNEVEN, Case, Place, command, together, tree  # sets the environment
+from forks import Fork
+
+import torch
+from safetensors.torch import load_file
+
+import d2mora.cli
+from d2mora.recipe import load_base
+from d2mora.runs import read_metrics
+
+TWICE = ("train with pictures", "train by length", "evaluate choice", "evaluate official", "compare rates", "export")
+
+
+def alone(place, case, seed):
+    "A command in a process of its own."
+    env = os.environ | {"PYTHONHASHSEED": str(seed)}
+    done = subprocess.run([sys.executable, "-m", "d2mora.cli", *place.line(case)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def twice(place, name):
+    "How many files, and which of them differ; whether the same was printed."
+    case, said = place.cases[name], []
+    for seed in (1, 2):
+        place.begin(case)
+        said.append(alone(place, case, seed))
+        if seed == 1:
+            shutil.copytree(place.run, place.kept / name, dirs_exist_ok=True)
+    return {"files": len(tree(place.run)), "differing": sorted(place.differences(name)), "printed_the_same": timed(said[0]) == timed(said[1])}
+
+
+def timed(said):
+    return [line for line in said.splitlines() if not line.startswith("time:")]
+
+
+def result(place, case, threads=1):
+    "Run a case as forks; where its result now lies."
+
+    def work(rank):
+        torch.set_num_threads(threads)
+        return command(place.line(case), case, rank, 29000 + os.getppid() % 999, None)
+
+    place.begin(case)
+    status, said = together([Fork(lambda r=r: work(r)) for r in range(case.processes)])
+    assert status == 0, said[-2000:]
+    kept = Path(tempfile.mkdtemp(dir=place.kept))
+    return Path(shutil.copytree(place.run, kept / "run"))
+
+
+def apart(a, b):
+    "How far two runs are from each other."
+    x, y = (torch.cat([t.flatten() for _, t in sorted(load_file(run / "adapter" / "adapter_model.safetensors").items())]) for run in (a, b))
+    losses = [abs(m[key] - n[key]) for m, n in zip(read_metrics(a), read_metrics(b)) for key in m if key.endswith("loss")]
+    return {"equal_to_the_bit": torch.equal(x, y), "adapter_relative": float((x - y).norm() / y.norm()), "largest_loss_difference": max(losses)}
+
+
+def processes(place):
+    "One process against two: a graded row is the same to the bit; a training step that reads the same rows agrees as far as sums in another order do."
+    graded = place.cases["evaluate, two processes"]
+    rows = [sorted((run / "evaluation-generate.jsonl").read_text().splitlines()) for run in (result(place, Case("evaluate", graded.words, n, prepared=graded.prepared)) for n in (1, 2))]
+    words = [word for word in place.cases["train, two processes"].words if "dropout" not in word and "batch_size" not in word]
+    runs = [result(place, Case("train", [*words, "adapter.lora_dropout=0.0", f"training.per_device_train_batch_size={4 // n}"], n)) for n in (1, 2)]
+    return {"graded_rows_equal": rows[0] == rows[1], "rows": len(rows[0]), "training": apart(*runs)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "determinism.json")
+    args, root, began = parser.parse_args(), Path(tempfile.mkdtemp(prefix="twice-")), time.monotonic()
+    place = Place(root)
+    d2mora.cli.hush()
+    load_base("toy")
+    try:
+        shutil.copytree(result(place, place.cases["train"]), place.kept / "train")
+        found = {"twice": {name: twice(place, name) for name in TWICE}, "processes": processes(place)}
+        found["threads"] = apart(*(result(place, place.cases["train"], threads) for threads in (1, 2)))
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    promised = {"same command, same machine, same versions": "every file equal, but for training_args.bin, which is written and not read, and times in trainer_state.json",
+                "a killed run that goes on": "as an undisturbed one (chaos.json)", "evaluation by other numbers of processes": "the same rows",
+                "training by other numbers of processes": "losses to 1e-5, adapter to 1e-4, without dropout", "other numbers of threads, other machines, other versions": "nothing"}  # fmt: skip
+    versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft", "accelerate", "datasets")} | {"python": platform.python_version(), "system": platform.system()}
+    about = {"command": "python benchmarks/determinism.py", "promised": promised, "not_compared": list(UNEVEN), "seconds": round(time.monotonic() - began)}
+    args.output.write_text(json.dumps(about | found | {"versions": versions}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
