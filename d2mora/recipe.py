@@ -155,7 +155,7 @@ def adapter_config(
     except (TypeError, ValueError) as error: raise ValueError(f"adapter: {error}") from error
 
 # %% ../nbs/08c_recipe.ipynb #bfb5dd85
-REFUSED = {"output_dir": "the run folder is given by --output alone", "resume_from_checkpoint": "use --resume",
+REFUSED = {"output_dir": "the run folder is given by --output alone", "logging_dir": "the run folder is given by --output alone", "resume_from_checkpoint": "use --resume",
            "train_sampling_strategy": "set data.sampling", "remove_unused_columns": "it would remove the loss mask", "push_to_hub": "push the finished adapter instead"}
 LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "per_device_train_batch_size": 1,
          "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 0, "save_steps": 0, "adam_epsilon": 0, "dataloader_num_workers": 0}

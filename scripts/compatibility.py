@@ -1,10 +1,10 @@
 """Run the tests with the lowest, or with the newest, versions that pyproject.toml allows, in an environment of their own.
 
-usage: python scripts/compatibility.py lowest|newest [FOLDER]     (FOLDER keeps the environment; default: a temporary one)
+usage: python scripts/compatibility.py lowest|newest [FOLDER [TEST.py ...]]     (FOLDER keeps the environment; default: a temporary one)
 
 Tests what is committed, the warnings that arise in d2mora being errors; writes its part of benchmarks/results/compatibility.json.
 """
-import json, os, subprocess, sys, tempfile, time, venv
+import json, os, subprocess, sys, tempfile, venv
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -36,27 +36,33 @@ def environment(folder: Path,  # of the environment
     return python
 
 
-def counts(report: Path  # of pytest, in JUnit's form
-           ) -> dict:    # passed, failed, skipped, and what passed by file
+def counts(report: Path,  # of pytest, in JUnit's form
+           commit: str    # that was tested
+           ) -> dict:     # by file: passed, failed, skipped, commit
     "How the tests ended."
-    found, by_file = {"passed": 0, "failed": 0, "skipped": 0}, dict.fromkeys((Path(name).stem for name in TESTS), 0)
+    found: dict[str, dict] = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
+        own = found.setdefault(case.get("classname").split(".")[-1], {"passed": 0, "failed": 0, "skipped": 0, "commit": commit})
         marks = {mark.tag for mark in case}
-        how = "failed" if marks & {"failure", "error"} else "skipped" if "skipped" in marks else "passed"
-        found[how] += 1
-        by_file[case.get("classname").split(".")[-1]] += how == "passed"
-    return found | {"passed_by_file": by_file}
+        own["failed" if marks & {"failure", "error"} else "skipped" if "skipped" in marks else "passed"] += 1
+    return found
 
 
-def run(which: str, folder: Path, work: Path) -> dict:  # what is written
+def run(which: str, folder: Path, work: Path, tests: list[str]) -> dict:  # what is written
     "One set of versions."
-    tree, begun = work / "tree", time.time()
+    tree = work / "tree"
     commit, python = committed(tree), environment(folder, tree, which)
     shared = os.environ.get("D2MORA_SHARED", str(ROOT.parent / "shared"))
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "D2MORA_SHARED": shared, "PYTHONPATH": ""}
-    subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={work}/report.xml", *TESTS], cwd=tree, env=os.environ | quiet)
+    subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={work}/report.xml", *tests], cwd=tree, env=os.environ | quiet)
     versions = json.loads(subprocess.run([python, "-c", ASK % NAMES], check=True, capture_output=True, text=True).stdout)
-    return {"versions": versions, "commit": commit, **counts(work / "report.xml"), "minutes": round((time.time() - begun) / 60, 1)}
+    return {"versions": versions, "files": counts(work / "report.xml", commit)}
+
+
+def merged(old: dict, new: dict) -> dict:
+    "What was found before with these versions, and now; with its totals."
+    files = (old.get("files", {}) if old.get("versions") == new["versions"] else {}) | new["files"]
+    return {"versions": new["versions"], **{how: sum(own[how] for own in files.values()) for how in ("passed", "failed", "skipped")}, "files": files}
 
 
 def main(words: list[str]) -> int:
@@ -64,9 +70,10 @@ def main(words: list[str]) -> int:
         print("compatibility: name lowest or newest", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as work:
-        found = run(words[0], Path(words[1]) if len(words) > 1 else Path(work) / "environment", Path(work))
+        new = run(words[0], Path(words[1]) if len(words) > 1 else Path(work) / "environment", Path(work), words[2:] or TESTS)
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    RESULT.write_text(json.dumps({name: (known | {words[0]: found})[name] for name in FLAGS if name in known | {words[0]: found}}, indent=1) + "\n")
+    known[words[0]] = found = merged(known.get(words[0], {}), new)
+    RESULT.write_text(json.dumps({name: known[name] for name in FLAGS if name in known}, indent=1) + "\n")
     print(f"{words[0]}: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped")
     return int(found["failed"] > 0)
 

@@ -309,7 +309,8 @@ def test_results_files(run):
 
 def test_run_adapter_folder_and_base_agree(run):
     whole, alone = (evaluate(target, data="toy", tasks=["boolq"], limit=20)["tasks"] for target in (run, run / "adapter"))
-    assert whole == alone
+    rounded = lambda found: json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 5))  # torch 2.15 adds in another order where memory lies otherwise
+    assert rounded(whole) == rounded(alone)
     fresh = train(load_recipe("demo", {"training.max_steps": 1, "training.learning_rate": 0, "data.tasks": ["boolq"], "training.logging_steps": 1, "training.disable_tqdm": True}), run.parent / "fresh")
     fresh, base = (evaluate(target, base, data="toy", tasks=["boolq"], limit=20)["tasks"]["boolq"] for target, base in ((fresh, None), (None, "toy")))
     assert fresh["accuracy"] == base["accuracy"] and fresh["answer_loss"] == pytest.approx(base["answer_loss"], rel=1e-6)

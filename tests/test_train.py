@@ -58,7 +58,7 @@ def test_a_run_folder_can_be_read_back(tmp_path):
     recipe = load_recipe("demo", SMALL)
     run = train(recipe, tmp_path / "run")
     assert load_recipe(run / "recipe.yaml") == recipe and yaml.safe_load((run / "recipe.yaml").read_text())["base"] == "toy"
-    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "adapter", "checkpoints", "metrics.jsonl", ".lock"}
+    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "adapter", "checkpoints", "metrics.jsonl", "data.json"}
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "toy" and config["peft_type"] == "D2MORA"
     card = (run / "adapter" / "README.md").read_text()
