@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test nbmake: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
-.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks fuzz bad-input
+.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input
 
 help:                                        ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
