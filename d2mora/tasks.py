@@ -155,7 +155,7 @@ def evaluating(
     finally:
         for module, training in modes: module.training = training
 
-# %% ../nbs/00_tasks.ipynb #d1118aac
+# %% ../nbs/00_tasks.ipynb #46b48e30
 def score_options(
     model: nn.Module,          # a causal language model of transformers, with or without an adapter
     tokenizer,                 # its (fast) tokenizer
@@ -208,7 +208,7 @@ class ToyWorld:
         "The split, train or test, to which a thing and all facts about it belong."
         return next(split for (_, split), names in self.things.items() if thing in names)
 
-# %% ../nbs/00_tasks.ipynb #2432c28e
+# %% ../nbs/00_tasks.ipynb #d20a8be6
 SIZES = {"creature": 40, "tool": 40, "event": 32, "activity": 32}
 
 def _names(count, rng):
@@ -223,7 +223,7 @@ def _dealt(values, count, rng):
     rng.shuffle(dealt)
     return dealt
 
-# %% ../nbs/00_tasks.ipynb #89e046da
+# %% ../nbs/00_tasks.ipynb #575159e0
 def toy_world(
     sizes: dict = SIZES,  # how many things of each kind
     seed: int = 0,        # another seed is another world (which the embedded base does not know)
@@ -305,7 +305,7 @@ def _ask_blank(world, name, things, hops, count, place, rng):
 
 _FORMS = {"claim": _ask_claim, "value": _ask_value, "which": _ask_which, "blank": _ask_blank}
 
-# %% ../nbs/00_tasks.ipynb #d0b184a6
+# %% ../nbs/00_tasks.ipynb #f65ea52c
 TOY_ROWS = {("toy", "train"): 800, ("toy-hard", "train"): 300, ("toy", "test"): 200, ("toy-hard", "test"): 300}
 
 def _question(world, name, task, split, place, rng, hops=None):
@@ -365,7 +365,7 @@ def toy_rows(
     "Toy questions as data rows."
     return [_row(q) for q in toy_questions(name, task, split, rows, seed, world)]
 
-# %% ../nbs/00_tasks.ipynb #799c3f42
+# %% ../nbs/00_tasks.ipynb #72fa7fd4
 def toy_base(
     assets: str | Path | None = None,  # folder that holds toy-base/ and toy.sha256; default: inside the package
 ) -> str:                              # a folder for `from_pretrained`
