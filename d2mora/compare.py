@@ -22,10 +22,10 @@ from .budgets import METHODS, adapters_at
 from .cards import count_saved
 from .data import data_path
 from .diagnose import draw
-from .evaluate import PROTOCOLS, evaluate, tasks_to_grade
+from .evaluate import PROTOCOLS, evaluate, tasks_to_grade, test_rows
 from .likeness import as_model, likeness, overall
 from .recipe import Recipe, check_training
-from .report import percent, report, text_table
+from .report import percent, read_graded, report, row_hash, text_table
 from .runs import begun, locked, validation_losses, whole_file, write_text
 from .strangers import read_json
 from .tasks import TASKS, nearest, toy_base
@@ -87,11 +87,13 @@ def varied(
     return new
 
 # %% ../nbs/12b_compare.ipynb #373b8688
-def grade(folder: Path, protocol: str, limit: int | None) -> dict:
-    "The grades that lie in a finished run, or else those made now."
-    path = folder/f"evaluation-{protocol}.json"
+def grade(folder: Path, protocol: str, limit: int | None, data: str) -> dict:
+    "The grades that lie in a finished run, if they are of the rows that are there now; or else those made now."
+    path, rows = folder/f"evaluation-{protocol}.json", test_rows(data, None, limit)
     read = lambda: read_json(path, "limit", "tasks", "average")
-    if not path.is_file() or read()["limit"] != limit: evaluate(folder, protocol=protocol, limit=limit, progress=False)
+    stands = path.is_file() and read()["limit"] == limit and {t: len(own) for t, own in rows.items()} == {t: g["n"] for t, g in read()["tasks"].items()}
+    stands = stands and {g["hash"] for g in read_graded(folder, protocol)} >= {row_hash(row, t) for t, own in rows.items() for row in own}
+    if not stands: evaluate(folder, protocol=protocol, limit=limit, progress=False)
     return read()
 
 def one_run(
@@ -103,7 +105,7 @@ def one_run(
     "Train and grade; the figures that a comparison needs."
     train(recipe, folder, resume=begun(folder))
     kept = ("n", "accuracy", "interval", "chance")
-    grades = {p: grade(folder, p, limit) for p in protocols}
+    grades = {p: grade(folder, p, limit, data_path(recipe.data)) for p in protocols}
     found = likeness(as_model(folder)) if recipe.adapter["peft_type"] == "D2MORA" else []
     alike = {side: overall(found, side, {f["kind"] for f in found}) for side in ("down", "up")} if found else {}
     return {"seed": recipe.training["seed"], "parameters": count_saved(folder/"adapter")[0],

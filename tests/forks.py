@@ -50,7 +50,7 @@ class Fork:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status if isinstance(status, int) else 1)
 
-    def wait(self, seconds=180.0, stopped=False):
+    def wait(self, seconds=900.0, stopped=False):
         "Its exit status, minus the signal that ended it, 'stopped', or 'hangs'."
         until = time.monotonic() + seconds
         while self.status is None and time.monotonic() < until:

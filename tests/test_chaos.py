@@ -130,3 +130,20 @@ def test_stored_determinism_is_what_is_promised():
     found = stored("determinism")
     assert all(not twice["differing"] and twice["printed_the_same"] for twice in found["twice"].values()) and found["processes"]["graded_rows_equal"]
     assert found["processes"]["training"]["adapter_relative"] < 1e-4 and found["processes"]["training"]["largest_loss_difference"] < 1e-5
+
+
+def test_a_comparison_grades_anew_when_test_rows_changed(tmp_path, monkeypatch):
+    from d2mora import compare
+    from d2mora.report import row_hash
+
+    rows, calls = toy_rows("toy", "boolq", "test")[:3], []
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "test.json").write_text(json.dumps(rows))
+    graded = [{"task": "boolq", "hash": row_hash(row, "boolq"), "answer": row["answer"], "predicted": row["answer"], "right": True} for row in rows]
+    (tmp_path / "evaluation-choice.jsonl").write_text("".join(json.dumps(own) + "\n" for own in graded))
+    (tmp_path / "evaluation-choice.json").write_text(json.dumps({"limit": None, "average": 1.0, "tasks": {"boolq": {"n": 3}}}))
+    monkeypatch.setattr(compare, "evaluate", lambda folder, **keys: calls.append(folder))
+    for changed, expected in ((rows, 0), ([rows[0], rows[1], rows[2] | {"instruction": "So " + rows[2]["instruction"]}], 1), (rows[:2], 2)):
+        (tmp_path / "boolq" / "test.json").write_text(json.dumps(changed))
+        compare.grade(tmp_path, "choice", None, str(tmp_path))
+        assert len(calls) == expected
