@@ -59,7 +59,7 @@ def main(cache):
     for how in WRONG:
         try: said = f"loaded {load_base(f'evil/{how}')[0].num_parameters()}"
         except ValueError as error: said = str(error)
-        kept = sum(p.stat().st_size for p in Path(cache).rglob("*") if p.is_file() and not p.is_symlink() and f"evil--{how}" in str(p))
+        kept = sum(p.stat().st_size for p in Path(cache).rglob("*") if p.is_file() and not p.is_symlink() and p.suffix != ".incomplete" and f"evil--{how}" in str(p))  # older clients leave what they began
         print(json.dumps({"how": how, "said": said, "kept": kept}), flush=True)
 
 
