@@ -75,7 +75,7 @@ def file_problem(
     "Find out, slowly, why a file is not an array of rows."
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file: rows = json.load(file)
+        with opened(path, "rt", encoding="utf-8-sig") as file: rows = json.load(file)
     except json.JSONDecodeError as error: return f"not JSON: {error}"
     except UnicodeDecodeError as error: return f"cannot be read: {error}: save it as UTF-8"
     except (OSError, EOFError) as error: return f"cannot be read: {error}"
@@ -103,15 +103,15 @@ def quiet() -> Iterator[None]:
 def read_file(
     path: Path,  # an array of rows in JSON, gzipped or not
 ) -> "datasets.Dataset":  # columns instruction, input, output, answer
-    "Read one file by `datasets`."
+    "Read one file by `datasets`, looked at first: its reader ends the whole process at some files that are no JSON."
     import datasets
+    if problem := file_problem(path): raise ValueError(f"{path}: {problem}; mend the file or leave its task out of data.tasks")
     try:
         with path.open("rb") as file: mark = file_digest(file, "sha256").hexdigest()[:16]  # `datasets` itself knows a changed file by its time alone
         with quiet(): rows = datasets.load_dataset("json", mark, data_files=str(path), split="train")
     except Exception as error:
-        problem = file_problem(path) or first_line(error)
-        raise ValueError(f"{path}: {problem}; mend the file or leave its task out of data.tasks") from error
-    if "instruction" not in rows.column_names: raise ValueError(f"{path}: {file_problem(path) or 'row 0: the field instruction is missing'}")
+        raise ValueError(f"{path}: {first_line(error)}; mend the file or leave its task out of data.tasks") from error
+    if "instruction" not in rows.column_names: raise ValueError(f"{path}: row 0: the field instruction is missing; mend the file or leave its task out of data.tasks")
     return rows.select_columns([c for c in rows.column_names if c in ("instruction", "input", "output", "answer")])
 
 # %% ../nbs/08_data.ipynb #f5c96ee5

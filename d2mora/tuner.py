@@ -144,7 +144,7 @@ def check_config(
     for name in ("lora_alpha", "orthogonality_weight"):
         check_number(name, getattr(config, name), 0)
     if config.lora_alpha == 0:
-        raise ValueError("lora_alpha=0: the adapter would add nothing and learn nothing: give a number above 0")
+        raise ValueError(f"lora_alpha={config.lora_alpha}: the adapter would add nothing and learn nothing: give a number above 0")
     check_number("lora_dropout", config.lora_dropout, 0, 1)
     check_choice("pairing", config.pairing, PAIRINGS)
     check_choice("expert_dropout", config.expert_dropout, ("shared", "independent"))
