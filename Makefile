@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test nbmake: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
-.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input
+.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input compatibility real-study
 
 help:                                        ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -78,3 +78,10 @@ fuzz: install                                ## 5,200 generated cases, good and 
 
 bad-input: install                           ## the catalogue's answers, kept for the site: benchmarks/results/bad_input.json
 	D2MORA_RECORD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_bad_input.py
+
+compatibility: install                       ## the tests with the lowest and the newest versions: benchmarks/results/compatibility.json
+	$(BIN)/python scripts/compatibility.py lowest && $(BIN)/python scripts/compatibility.py newest
+
+real-study: install                          ## six methods on 16,000 real rows, DATA=folder of the sets (about 3 hours; goes on where it stopped)
+	$(BIN)/python benchmarks/real_base.py --data $(or $(DATA),$(D2MORA_SHARED)/data)
+	$(BIN)/python benchmarks/real_study.py
