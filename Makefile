@@ -10,7 +10,7 @@ test nbmake: export HF_HUB_OFFLINE = 1
 .PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input compatibility real-study
 
 help:                                        ## what there is to make
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 install: .venv/installed                     ## .venv with the pinned working set, and d2mora in place
 .venv/installed: constraints.txt pyproject.toml
