@@ -34,7 +34,7 @@ from d2mora.strangers import read_adapter, read_weights
 from d2mora.tuner import PAIRINGS, D2MoraLinear
 
 FUZZ = os.environ.get("D2MORA_FUZZ")
-CASES, FEW, SOME = (810, 100, 300) if FUZZ else (27, 8, 32)  # of each property; the slow ones get fewer
+CASES, FEW, SOME = (820, 100, 300) if FUZZ else (27, 8, 32)  # of each property; the slow ones get fewer
 quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False, phases=[Phase.generate])  # a failure is shown as it was found
 settings.register_profile("here", derandomize=True, **quiet)
 settings.register_profile("fuzz", **quiet)
@@ -50,6 +50,7 @@ def fuzzed(cases=CASES, **strategies):
         def counted(**values):
             figures = FIGURES.setdefault(test.__name__.removeprefix("test_"), {"cases": 0, "failures": 0, "seconds": 0.0})
             begun = time.perf_counter()
+            torch.manual_seed(0)
             try: test(**values)
             except Exception:
                 figures["failures"] += 1
@@ -156,7 +157,7 @@ def step(model, loss) -> None:
         leading=st.lists(st.integers(0, 3), max_size=3))
 def test_layers_compute_train_save_and_load(layers, dtype, cast, leading):
     widths, kinds, names, config = layers
-    if dtype == torch.float16: config = config | {"lora_dropout": min(config["lora_dropout"], 0.5)}  # what stays is scaled by up to 65,536: more than fp16 holds
+    if dtype == torch.float16: config = config | {"lora_dropout": min(config["lora_dropout"], 0.5), "lora_alpha": min(config["lora_alpha"], config["r"])}  # more would leave fp16's range
     base = chain(widths, kinds, dtype)
     model = fill(peft.get_peft_model(base, d2mora.D2MoraConfig(**config), autocast_adapter_dtype=cast))
     assert sorted(n.rpartition(".")[-1] for n, m in model.named_modules() if isinstance(m, D2MoraLinear)) == sorted(names)
@@ -166,7 +167,7 @@ def test_layers_compute_train_save_and_load(layers, dtype, cast, leading):
     assert y.shape == (*leading, widths[-1]) and y.dtype == dtype
     step(model, y.float().pow(2).sum() / max(1, y.numel()))
     moved = any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
-    assert moved or not x.numel() or config["lora_dropout"] > 0.01 or dtype.itemsize < 4 or not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert moved or not x.numel() or config["lora_dropout"] > 0.01 or dtype.itemsize < 4 or not any(p.grad is not None and p.grad.abs().max() > 1e-4 for p in model.parameters())
     assert all(torch.equal(frozen[k], v) for k, v in base[int(names[0])].base_layer.state_dict().items())
     layers_equal(model.eval(), names, x, widths)
     with tempfile.TemporaryDirectory() as folder:
