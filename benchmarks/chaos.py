@@ -40,6 +40,7 @@ SMALL = {
 }  # fmt: skip
 VALIDATES = {"data.validation_rows": 6, "training.gradient_accumulation_steps": 2, "training.eval_strategy": "steps", "training.eval_steps": 4}
 BY_LENGTH = {"data.sampling": "by-length", "training.save_strategy": "epoch", "training.save_total_limit": 2, "training.max_steps": 20}
+PAGE = 4096
 UNEVEN = ("training_args.bin",)  # holds a time; nothing is read from it
 
 
@@ -175,7 +176,7 @@ def together(forks, patience=60.0):
         status = forks[0].wait()
         return status, ended(forks[0])
     until = time.monotonic() + 900
-    while time.monotonic() < until and not all(fork.wait(0.01) != "hangs" for fork in forks):
+    while time.monotonic() < until and "hangs" in [fork.wait(0.01) for fork in forks]:
         if any(fork.status not in (None, 0) for fork in forks):
             break
     states = [fork.wait(patience / 2) for fork in forks]
@@ -201,7 +202,8 @@ def free_port():
 
 
 def size(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    "Bytes of a folder's files, in whole pages, as a tmpfs counts them."
+    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
 
 
 def tree(folder, but=""):
@@ -278,7 +280,7 @@ def full_disk(place, case, dice):
     if not mounts():
         return file_limit(place, case, dice)
     before, after = case.bytes
-    room = int(before * 1.2) + 16 * 4096 * bool(before) + int(dice.uniform(0.05, 0.85) * (after - before))
+    room = before + int(dice.uniform(0.05, 0.85) * (after - before))
     place.begin(Case("", []))
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "none", place.out], check=True)
     place.begin(case)
