@@ -11,10 +11,12 @@ import tarfile
 import textwrap
 import tomllib
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 import d2mora
 
@@ -198,6 +200,14 @@ def test_lowest_constraints_are_the_lower_bounds():
     lines = [line.split("==") for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if not line.startswith("#")]
     padded = lambda v: tuple(int(x) for x in (v.split(".") + ["0", "0"])[:3])
     assert {name: padded(v) for name, v in lines} == {name: padded(bound.lstrip(">=")) for name, bound in declared("dependencies").items()}
+
+
+def test_pins_install_on_debians_python():
+    "3.11.2: a pin that asks for a later patch release can only be answered after minutes of resolving, or not at all."
+    pins = [line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    there = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.metadata["Requires-Python"] or "" for d in distributions()}
+    assert len(known := [name for name in pins if re.sub(r"[-_.]+", "-", name).lower() in there]) > 0.9 * len(pins)
+    assert not [name for name in known if not SpecifierSet(there[re.sub(r"[-_.]+", "-", name).lower()]).contains("3.11.2")]
 
 
 def test_versions_agree_everywhere():
