@@ -6,7 +6,7 @@
 __all__ = ['load_target', 'with_adapter', 'tasks_to_grade', 'check_request', 'test_rows', 'on_device', 'bar_of', 'grade_all',
            'about', 'write_results', 'begin', 'evaluate', 'ask', 'routing_table']
 
-# %% ../nbs/10d_evaluate.ipynb #956895ae
+# %% ../nbs/10d_evaluate.ipynb #92be771a
 import json
 import os
 import sys
@@ -24,8 +24,7 @@ from .cards import write_card
 from .data import DataConfig, data_path, find_file, read_task
 from .generation import NEW_TOKENS, write
 from .grading import all_lines, everyone, in_order, join, mark, open_results, settings_of
-from .likelihood import Beginning
-from .protocols import PROTOCOLS, about_row, grade_batch, in_batches, plan
+from .protocols import PROTOCOLS, about_row, grade_batch, grader, in_batches, plan
 from .recipe import load_base, load_recipe, max_positions
 from .report import draw_results, report, result_table, results, row_hash, text_table
 from .runs import locked, whole_file, write_text
@@ -104,7 +103,7 @@ def on_device(model):
     placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
     return model if placed or not torch.cuda.is_available() else model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
-# %% ../nbs/10d_evaluate.ipynb #065e8151
+# %% ../nbs/10d_evaluate.ipynb #4ad65d41
 def bar_of(protocol: str, rows: int, shown: bool) -> tqdm:
     "Rows per second and the time left, on stderr; twice a minute where that is no terminal."
     return tqdm(total=rows, desc=protocol, unit="row", file=sys.stderr, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30, disable=not shown)
@@ -125,10 +124,10 @@ def grade_all(
     before = {task: {i for i, h in enumerate(own) if h in done} for task, own in hashes.items()}
     plans = {task: plan(own, batch_size, before[task], share) for task, own in rows.items()}
     fresh: dict[str, dict] = {}
-    protocol, kept = settings["protocol"], Beginning()
+    protocol = settings["protocol"]
     with bar_of(protocol, sum(map(len, plans.values())), progress and share[0] == 0) as bar:
         for task, own in rows.items():
-            grade = lambda numbers: grade_batch(model, tokenizer, task, [own[i] for i in numbers], protocol, settings["prompt"], kept)
+            grade = grader(model, tokenizer, task, own, protocol, settings["prompt"], batch_size)
             for numbers, graded in in_batches(grade, plans[task], batch_size):
                 lines = [about_row(own[i], task, i) | g | {"settings": mark(settings)} for i, g in zip(numbers, graded)]
                 keep([line for line in lines if line["hash"] not in done])
@@ -159,7 +158,7 @@ def write_results(
     write_text(folder/"report.md", report(folder))
     if all((folder/name).is_file() for name in ("recipe.yaml", "metrics.jsonl", "adapter/README.md")): write_card(folder)
 
-# %% ../nbs/10d_evaluate.ipynb #2250fff8
+# %% ../nbs/10d_evaluate.ipynb #256d87bb
 def begin(folder: Path | None, settings: dict, again: bool, share: tuple) -> tuple:
     "The rows graded earlier, and a function that keeps new ones; what the report will be made of is read before hours are spent."
     opened = open_results(folder, settings, again, share)

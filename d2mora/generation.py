@@ -49,7 +49,7 @@ class Decided(StoppingCriteria):
         texts = self.tokenizer.batch_decode(ids[:, self.start:], skip_special_tokens=True)
         return torch.tensor([parse_answer(text, self.task) is not None for text in texts], device=ids.device)
 
-# %% ../nbs/10a_generation.ipynb #9d4f2ffd
+# %% ../nbs/10a_generation.ipynb #968c8898
 def with_room(past, beams: int):
     "A cache made ready for writing with that many beams a row."
     past.layers = [RoomLayer(layer, beams, NEW_TOKENS) for layer in past.layers]
@@ -63,7 +63,7 @@ def write_tokens(
     prompts: list[list[int]],  # tokens to go on from
     num_beams: int = 1,     # 1: greedy
     task: str | None = None,  # greedy only: stop each row when this task's answer is decided; None: write all tokens
-    kept: Beginning | None = None,  # what earlier batches began with
+    kept: Beginning | None = None,  # what the task's rows begin with
 ) -> list[list[int]]:       # what was written, padding included
     "Go on from each prompt: left padding, attention mask, at most 32 tokens, dropout off."
     pad = collator_for(tokenizer).pad_id

@@ -6,12 +6,11 @@
 __all__ = ['SHARED', 'Item', 'common', 'tokenized', 'ready', 'padded', 'forward', 'plain_cache', 'Beginning', 'begun', 'read',
            'picked', 'after', 'option_scores', 'without_cache']
 
-# %% ../nbs/10_likelihood.ipynb #9e47d600
+# %% ../nbs/10_likelihood.ipynb #66aca979
 import copy
 import inspect
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import peft
 import torch
@@ -89,42 +88,44 @@ def plain_cache(past) -> bool:
     "Whether a cache keeps every position of every layer, so that its rows can be copied and gaps be masked."
     return isinstance(past, DynamicCache) and all(type(layer) is DynamicLayer for layer in past.layers)
 
-# %% ../nbs/10_likelihood.ipynb #6ab37cd2
+# %% ../nbs/10_likelihood.ipynb #6d66026a
 SHARED = 16  # a shorter beginning is not worth a pass of its own
 
 
 @dataclass
 class Beginning:
-    "What the rows of earlier batches began with. Only while the model stays what it is: a new one for each round of grading."
+    "What the rows of a task begin with. Only while the model stays what it is: a new one for each round of grading."
     ids: list[int] = field(default_factory=list)
-    past: Any = None  # keys and values, one row
+    past: list = field(default_factory=list)  # keys and values of one row, as soon as they are read
 
 
 def begun(
     model,
     ids: list[int],  # what all rows of a batch begin with
     rows: int,       # how many they are
-    kept: Beginning,  # is renewed if it falls short
+    kept: Beginning,  # what the task's rows begin with
 ) -> tuple:          # a cache for so many rows, or None; how many of the tokens it holds
     "Keys and values of a beginning, read only if no earlier batch has."
-    if common([kept.ids, ids]) + SHARED <= len(ids):
-        whole = torch.tensor([ids], dtype=torch.long, device=model.device)
-        kept.ids, kept.past = ids, getattr(forward(model, whole, torch.ones_like(whole), keep=1), "past_key_values", None)
+    if common([kept.ids, ids]) + SHARED <= len(ids): kept = Beginning(ids)
     n = common([kept.ids, ids])
-    if n < SHARED or not plain_cache(kept.past): return None, 0
-    past = copy.deepcopy(kept.past)
+    if n < SHARED: return None, 0
+    if not kept.past:
+        whole = torch.tensor([kept.ids], dtype=torch.long, device=model.device)
+        kept.past.append(getattr(forward(model, whole, torch.ones_like(whole), keep=1), "past_key_values", None))
+    if not plain_cache(kept.past[0]): return None, 0
+    past = copy.deepcopy(kept.past[0])
     if n < len(kept.ids): past.crop(n - len(kept.ids))
     past.batch_repeat_interleave(rows)
     return past, n
 
-# %% ../nbs/10_likelihood.ipynb #9868f843
+# %% ../nbs/10_likelihood.ipynb #9900abe7
 def read(
     model,
     rows: list[list[int]],  # tokens
     needed: int,            # the first place whose logits are wanted
     keep: int = 1,          # logits of that many last places
     cache: bool = True,     # is the cache wanted?
-    kept: Beginning | None = None,  # what earlier batches began with
+    kept: Beginning | None = None,  # what the task's rows begin with
 ):  # the model's output; ids and mask (rows, shared + longest rest)
     "Read rows of tokens; what they all begin with is read once."
     start, past = min(common(rows), needed, min(map(len, rows)) - 1), None
@@ -151,12 +152,12 @@ def after(model, past, mask, tails: list[tuple[int, list[int]]]):
     ids, own = padded([tail for _, tail in tails], "right", mask.device)
     return forward(model, ids, torch.cat([mask[owner], own], 1), past).logits
 
-# %% ../nbs/10_likelihood.ipynb #8b9ae405
+# %% ../nbs/10_likelihood.ipynb #3d0d9412
 @torch.no_grad()
 def option_scores(
     model,              # a causal language model, with or without an adapter
     items: list[Item],  # a batch
-    kept: Beginning | None = None,  # what earlier batches began with
+    kept: Beginning | None = None,  # what the task's rows begin with
 ) -> list[torch.Tensor]:  # for each row the summed log-likelihood of each option, float32 on the CPU
     "Log-likelihood of every option of every row, each shared token read once; dropout off, the model left as found."
     flat = [(b, len(item.head), item.head + tail, n) for b, item in enumerate(items) for tail, n in zip(item.tails, item.graded)]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONTEXTS', 'PROTOCOLS', 'choice_pairs', 'by_likelihood', 'question_and_texts', 'content_pairs', 'by_writing',
-           'prompt_pairs', 'Protocol', 'grade_batch', 'out_of_memory', 'in_batches', 'free_memory', 'plan',
-           'grade_rows', 'about_row', 'batch_differences', 'difference', 'lm_eval_docs', 'lm_eval_tasks']
+           'prompt_pairs', 'Protocol', 'items_of', 'grade_batch', 'out_of_memory', 'in_batches', 'free_memory', 'plan',
+           'grader', 'grade_rows', 'about_row', 'batch_differences', 'difference', 'lm_eval_docs', 'lm_eval_tasks']
 
-# %% ../nbs/10b_protocols.ipynb #874a6b9c
+# %% ../nbs/10b_protocols.ipynb #e911661f
 import gc
 import re
 import sys
@@ -20,7 +20,7 @@ import torch
 
 from .data import DataConfig, data_path, read_task
 from .generation import NEW_TOKENS, write_tokens
-from .likelihood import Beginning, Item, option_scores, ready
+from .likelihood import Beginning, Item, common, option_scores, ready
 from .recipe import max_positions
 from .report import row_hash
 from .tasks import ANSWER_PREFIX, evaluation_prompt, parse_answer, row_answers
@@ -80,7 +80,7 @@ def prompt_pairs(row: dict, task: str, style: str) -> list[tuple[str, str]]:
     "The prompt, with nothing after it."
     return [(evaluation_prompt(row, style), "")]
 
-# %% ../nbs/10b_protocols.ipynb #5f635b74
+# %% ../nbs/10b_protocols.ipynb #d288ce57
 @dataclass(frozen=True)
 class Protocol:
     "How a row is put to the model and how its answer is found."
@@ -94,17 +94,22 @@ PROTOCOLS = {"choice": Protocol(choice_pairs, by_likelihood), "content": Protoco
              "generate": Protocol(prompt_pairs, by_writing, NEW_TOKENS), "official": Protocol(prompt_pairs, partial(by_writing, num_beams=4), NEW_TOKENS, "official")}
 
 
+def items_of(model, tokenizer, task: str, rows: list[dict], protocol: str, style: str) -> list[Item]:
+    "Rows as tokens, with room for what will be written."
+    how, limit = PROTOCOLS[protocol], max_positions(model)
+    return [ready(tokenizer, how.pairs(row, task, style), limit and limit - how.room) for row in rows]
+
+
 def grade_batch(
     model, tokenizer, task: str,
     rows: list[dict],   # a batch of test rows
     protocol: str,      # one of `PROTOCOLS`
     style: str,         # prompt style
-    kept: Beginning | None = None,  # what earlier batches began with
+    kept: Beginning | None = None,  # what the task's rows begin with
 ) -> list[dict]:        # for each row: predicted, right, shortened, and scores or text
     "Grade some rows at once."
-    how, limit = PROTOCOLS[protocol], max_positions(model)
-    items = [ready(tokenizer, how.pairs(row, task, style), limit and limit - how.room) for row in rows]
-    graded = how.grade(model, tokenizer, task, rows, items, kept)
+    items = items_of(model, tokenizer, task, rows, protocol, style)
+    graded = PROTOCOLS[protocol].grade(model, tokenizer, task, rows, items, kept)
     return [g | {"right": g["predicted"] == row["answer"], "shortened": item.shortened} for g, row, item in zip(graded, rows, items)]
 
 # %% ../nbs/10b_protocols.ipynb #a84db910
@@ -137,7 +142,7 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-# %% ../nbs/10b_protocols.ipynb #de5b2a1b
+# %% ../nbs/10b_protocols.ipynb #a7bc1bc1
 def plan(
     rows: list[dict],
     size: int,                  # batch size
@@ -150,6 +155,13 @@ def plan(
     return [i for k, batch in enumerate(batches) if k % share[1] == share[0] and not done.issuperset(batch) for i in batch]
 
 
+def grader(model, tokenizer, task: str, rows: list[dict], protocol: str, style: str, batch_size: int) -> Callable:
+    "A function that grades a batch of row numbers; what all rows begin with is read once."
+    heads = [item.head for item in items_of(model, tokenizer, task, [rows[i] for i in plan(rows, batch_size)[:batch_size]], protocol, style)]
+    kept = Beginning(heads[0][:common(heads)])
+    return lambda numbers: grade_batch(model, tokenizer, task, [rows[i] for i in numbers], protocol, style, kept)
+
+
 def grade_rows(
     model,                 # a causal language model, with or without an adapter
     tokenizer,             # its tokenizer
@@ -160,8 +172,7 @@ def grade_rows(
     batch_size: int = 32,  # rows at once
 ) -> list[dict]:           # for each row: task, row, hash, answer, predicted, right, shortened, and scores or text
     "Grade the rows of one task."
-    kept = Beginning()
-    grade = lambda numbers: grade_batch(model, tokenizer, task, [rows[i] for i in numbers], protocol, style, kept)
+    grade = grader(model, tokenizer, task, rows, protocol, style, batch_size)
     graded: dict[int, dict] = {}
     for numbers, results in in_batches(grade, plan(rows, batch_size), batch_size): graded |= dict(zip(numbers, results))
     return [about_row(rows[i], task, i) | graded[i] for i in range(len(rows))]

@@ -12,7 +12,7 @@ from d2mora import likelihood
 from d2mora.evaluate import ask, evaluate, on_device
 from d2mora.generation import NEW_TOKENS, RoomLayer, write, write_tokens
 from d2mora.likelihood import Beginning, option_scores, ready
-from d2mora.protocols import PROTOCOLS, batch_differences, choice_pairs, content_pairs, grade_batch, grade_rows, prompt_pairs, question_and_texts
+from d2mora.protocols import PROTOCOLS, batch_differences, choice_pairs, content_pairs, grade_batch, grade_rows, grader, plan, prompt_pairs, question_and_texts
 from d2mora.report import mean_chance, summary, wilson_interval
 from d2mora.tasks import ANSWER_PREFIX, TASKS, evaluation_prompt, parse_answer, row_answers
 from d2mora.recipe import load_recipe
@@ -111,28 +111,48 @@ def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch,
         assert a.get("scores", {}) == pytest.approx(b.get("scores", {}), abs=2e-4)
 
 
-def test_a_kept_beginning_is_cut_where_rows_part_and_renewed_where_they_share_more(stories, reads):
-    "Rows of another task begin alike for a while, or not at all; nothing of the model is kept beyond one round."
+def beginning(tokenizer, task, rows, style="official"):
+    "What some rows begin with, not read yet."
+    heads = [ready(tokenizer, choice_pairs(row, task, style), None).head for row in rows]
+    return Beginning(heads[0][: likelihood.common(heads)])
+
+
+def test_a_kept_beginning_is_cut_where_rows_part_and_never_replaced(stories, reads):
+    "Rows of another task begin alike for a while, or not at all, or share more among themselves."
     model, tokenizer, _ = stories
-    kept = Beginning()
-    for task, style in (("boolq", "official"), ("piqa", "official"), ("piqa", "plain"), ("hellaswag", "official"), ("piqa", "official")):
+    kept = beginning(tokenizer, "boolq", rows_of(stories, "boolq", 4))
+    ids = list(kept.ids)
+    for task, style in (("boolq", "official"), ("piqa", "official"), ("piqa", "plain"), ("hellaswag", "official"), ("boolq", "official")):
         rows = rows_of(stories, task, 4)
         own, fresh = (grade_batch(model, tokenizer, task, rows, "choice", style, k) for k in (kept, None))
         for a, b in zip(own, fresh):
             assert a["predicted"] == b["predicted"] and a["scores"] == pytest.approx(b["scores"], abs=2e-4)
-    beginnings = [shape for shape in reads if shape[0] == 1]
-    assert 5 < len(beginnings) < 10 and len(kept.ids) > 100  # five without anything kept, and fewer than five with
+    assert kept.ids == ids and len(ids) > 100 and len(kept.past) == 1
+    assert 5 < len([shape for shape in reads if shape[0] == 1]) < 10  # five without anything kept, and fewer than five with
+
+
+@pytest.mark.parametrize("protocol", ["choice", "content", "generate", "official"])
+def test_a_batch_is_graded_alike_to_the_last_bit_whatever_came_before(stories, protocol):
+    "A run that was killed goes on with any batch; only its first reads what the rows begin with."
+    model, tokenizer, _ = stories
+    more = "Think of it slowly, and carefully, and once more, and then say what is right. "
+    kinds = (("", 60), (more, 30), (more + "So, ", 20), ("", 10))  # longest first: the second batch shares much more than the first, the third a little more than that
+    ask = "Please choose: {}{} is it, {}?\n\nSolution1: left\n\nSolution2: right\n\nAnswer format: solution1/solution2".format
+    rows = [{"instruction": ask(shares, who, "so " * n), "input": "", "output": "", "answer": "solution1"} for shares, n in kinds for who in ("Mine", "What", "Hers")]
+    batches = [plan(rows, 3)[start:start + 3] for start in range(0, 12, 3)]
+    whole = grader(model, tokenizer, "piqa", rows, protocol, "official", 3)
+    inorder = [whole(batch) for batch in batches]
+    for batch, expected in list(zip(batches, inorder))[::-1]:
+        assert grader(model, tokenizer, "piqa", rows, protocol, "official", 3)(batch) == expected
 
 
 def test_a_beginning_of_other_tokens_is_noticed(stories):
     "The check above can fail: keys and values of other tokens give other scores."
     model, tokenizer, _ = stories
-    rows, kept = rows_of(stories, "piqa", 4), Beginning()
-    right = grade_batch(model, tokenizer, "piqa", rows, "choice", "official", kept)
-    kept.ids = kept.ids[:20] + [i + 1 for i in kept.ids[20:-1]] + kept.ids[-1:]
+    rows = rows_of(stories, "piqa", 4)
+    right, kept = grade_batch(model, tokenizer, "piqa", rows, "choice", "official"), beginning(tokenizer, "piqa", rows)
     with torch.no_grad():
-        kept.past = model(torch.tensor([kept.ids]), use_cache=True).past_key_values
-    kept.ids = list(likelihood.ready(tokenizer, choice_pairs(rows[0], "piqa", "official"), None).head[:len(kept.ids)])
+        kept.past = [model(torch.tensor([kept.ids[:20] + [i + 1 for i in kept.ids[20:-1]] + kept.ids[-1:]]), use_cache=True).past_key_values]
     wrong = grade_batch(model, tokenizer, "piqa", rows, "choice", "official", kept)
     assert max(abs(a["scores"][w] - b["scores"][w]) for a, b in zip(right, wrong) for w in a["scores"]) > 1e-2
 

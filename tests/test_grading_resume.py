@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2mora import evaluate as module
+from d2mora import protocols as module
 from d2mora.cli import main
 from d2mora.evaluate import evaluate
 from d2mora.report import comparison, read_graded, write_disagreements
