@@ -1,4 +1,4 @@
-"""What a static export keeps of a routed adapter, rank by rank: the frontier of notebook 14.
+"""What a static export keeps of a routed adapter, rank by rank: the frontier of notebook 14a.
 
     python benchmarks/export_frontier.py --world toy     # nbs/results/demo; writes nbs/results/export-toy.json, about 5 minutes on one core
     python benchmarks/export_frontier.py --world real    # D2MoRA on stories260K; writes nbs/results/export-real.json, about half an hour
@@ -18,8 +18,10 @@ from unittest.mock import patch
 import torch
 import transformers
 
-from d2mora import deploy
-from d2mora.deploy import adapt_settings, calibrate, distill, encoded_rows, measure, static_lora
+import d2mora.static
+from d2mora.cost import measure
+from d2mora.deploy import ExportSettings, adapt_settings
+from d2mora.static import calibrate, distill, encoded_rows, static_lora
 from d2mora.evaluate import load_target, test_rows
 from d2mora.runs import write_text
 
@@ -40,10 +42,10 @@ def trained(world: str) -> Path:
 
 def answer_moments(model, rows: list[dict]) -> dict:
     "What `calibrate` gives, from the tokens alone that precede a graded one."
-    total, tokens, add = {}, 0, deploy.add_moments
+    total, tokens, add = {}, 0, d2mora.static.add_moments
     for row in rows:
         first, last = max(row["graded_from"] - 1, 0), len(row["input_ids"]) - 1
-        with patch.object(deploy, "add_moments", lambda sums, adapter, layer, args: add(sums, adapter, layer, (args[0][:, first:last],))): found = calibrate(model, [row])
+        with patch.object(d2mora.static, "add_moments", lambda sums, adapter, layer, args: add(sums, adapter, layer, (args[0][:, first:last],))): found = calibrate(model, [row])
         tokens += last - first
         for layer, own in found.items():
             for name, value in own.items(): total.setdefault(layer, {})[name] = total.get(layer, {}).get(name, 0) + (last - first) * value
@@ -83,7 +85,7 @@ def main():
     began, run, world = time.process_time(), trained(options.world), WORLDS[options.world]
     limit = world["limit"]
     model, tokenizer, config = load_target(run)
-    settings, config = adapt_settings(deploy.ExportSettings(), run, config, None, model)
+    settings, config = adapt_settings(ExportSettings(), run, config, None, model)
     train = {task: encoded_rows(tokenizer, config, task, "train", world["rows"]) for task in config.tasks}
     rows, texts = test_rows(config.path, config.tasks, limit), [row for task in config.tasks for row in encoded_rows(tokenizer, config, task, "test", 32)]
     forms = {}

@@ -544,8 +544,8 @@ def full():
     yield box(800, 124, 92, 76, "memory,\nhours,\nfits?", "loss", 14, bold=True)
 
 
-@drawing("14_deploy", "From a routed adapter to one LoRA", "A routed adapter is another matrix for every token. Held at their mean, fitted by a regression on calibration rows, or distilled through the whole model, it becomes one pair of matrices that any server takes.", 860, 300)
-def deploy():
+@drawing("14_static", "From a routed adapter to one LoRA", "A routed adapter is another matrix for every token. Held at their mean, fitted by a regression on calibration rows, or distilled through the whole model, it becomes one pair of matrices that any server takes.", 860, 300)
+def static():
     yield panel(15, 20, 235, 255, "routed: a matrix for every token")
     for i, y in enumerate((85, 150, 215)):
         yield matrix(95, y, 50, 48, 24, f"A_{i+1}", "A", 13) + matrix(185, y, 50, 24, 48, f"B_{i+1}", "B", 13)

@@ -11,7 +11,7 @@ from torch import nn
 
 import d2mora
 from d2mora import tuner
-from d2mora.deploy import calibrate, static_lora
+from d2mora.static import calibrate, static_lora
 from helpers import difference, fill, tiny_llama, tokens
 from test_deploy import held, rows
 

@@ -14,7 +14,8 @@ import transformers
 
 from d2mora import deploy, tuner
 from d2mora.cli import main
-from d2mora.deploy import calibrate, export, static_lora
+from d2mora.deploy import export
+from d2mora.static import calibrate, fitted_map, low_rank, mean_map, static_lora
 from d2mora.tasks import toy_base
 from helpers import PAIRS, adapted, difference, tiny_llama, tokens
 
@@ -56,17 +57,17 @@ def test_fitted_map_is_the_best_there_is(pairing):
     model = adapted(pairing=pairing, r=2)
     name, m = next(iter(calibrate(model, rows(40)).items()))
     config = model.peft_config["default"]
-    layer, K = model.get_submodule(name), deploy.fitted_map(config, m)
+    layer, K = model.get_submodule(name), fitted_map(config, m)
     A, B = (getattr(layer, f"d2mora_{s}")["default"].detach() for s in "AB")
     Bt, A2 = B.flatten(0, 1).double().T, A.flatten(0, 1).double()
     error = lambda W: torch.trace(W @ m["hh"] @ W.T) - 2 * torch.trace(W @ m["eh"].T @ Bt.T)  # E|B e - W h|² but for a constant
     best = error(Bt @ K)
     for _ in range(20): assert error(Bt @ (K + 0.01 * torch.randn_like(K))) > best
     assert error(0.97 * Bt @ K) > best < error(1.03 * Bt @ K)
-    down, up = deploy.low_rank(K, m["hh"], A, B, 1)
+    down, up = low_rank(K, m["hh"], A, B, 1)
     cut = down @ torch.linalg.pinv(A2)
     for _ in range(20): assert error((up + 0.02 * torch.randn_like(up)) @ cut) >= error(up @ cut) - 1e-12
-    assert error(Bt @ deploy.mean_map(config, m)) >= best - 1e-12
+    assert error(Bt @ mean_map(config, m)) >= best - 1e-12
 
 
 def test_exported_adapter_needs_no_d2mora(tmp_path):
@@ -121,7 +122,8 @@ def test_command_writes_one_for_each_task_and_says_what_it_costs(tmp_path, capsy
 
 
 def test_distillation_comes_closer():
-    from d2mora.deploy import distill, divergences, encoded_rows
+    from d2mora.cost import divergences
+    from d2mora.static import distill, encoded_rows
     from d2mora.evaluate import load_target
 
     model, tokenizer, config = load_target(DEMO)
