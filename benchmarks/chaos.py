@@ -179,12 +179,12 @@ def together(forks, patience=60.0):
     while time.monotonic() < until and "hangs" in [fork.wait(0.01) for fork in forks]:
         if any(fork.status not in (None, 0) for fork in forks):
             break
-    states = [fork.wait(patience / 2) for fork in forks]
+    for fork in forks:
+        fork.wait(patience / 2)
     for fork in forks:
         fork.kill(signal.SIGTERM)
-    hung = [fork.wait(patience / 2) == "hangs" for fork in forks]
-    said = "".join(map(ended, forks))
-    return "hangs" if any(hung) else next((state for state in states if state != 0), 0), said
+    states, said = [fork.wait(patience / 2) for fork in forks], "".join(map(ended, forks))
+    return "hangs" if "hangs" in states else next((state for state in states if state != 0), 0), said
 
 
 def ended(fork):

@@ -135,7 +135,7 @@ def grade_all(
                 bar.update(len(lines))
     return fresh
 
-# %% ../nbs/10d_evaluate.ipynb #99c216d8
+# %% ../nbs/10d_evaluate.ipynb #7f5349f9
 def about(target, model, settings: dict, path: str, limit: int | None, batch_size: int, processes: int) -> dict:
     "What was graded, and how. There is no seed: no protocol draws at random."
     versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")}
@@ -152,11 +152,11 @@ def write_results(
     "Write evaluation-PROTOCOL.json, every row beside it in .jsonl, a picture, and renew report.md."
     write_text(folder/f"evaluation-{protocol}.jsonl", "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in graded))
     write_text(folder/f"evaluation-{protocol}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    for part in folder.glob(f"evaluation-{protocol}.part-*.jsonl"): part.unlink()
     (folder/"plots").mkdir(exist_ok=True)
     with whole_file(folder/"plots"/f"evaluation-{protocol}.png") as aside: draw_results({folder.resolve().name: result}).savefig(aside, dpi=100)
     write_text(folder/"report.md", report(folder))
     if all((folder/name).is_file() for name in ("recipe.yaml", "metrics.jsonl", "adapter/README.md")): write_card(folder)
+    for part in folder.glob(f"evaluation-{protocol}.part-*.jsonl"): part.unlink()  # last: as long as one is there, something else may not be
 
 # %% ../nbs/10d_evaluate.ipynb #256d87bb
 def begin(folder: Path | None, settings: dict, again: bool, share: tuple) -> tuple:

@@ -147,3 +147,7 @@ def test_a_comparison_grades_anew_when_test_rows_changed(tmp_path, monkeypatch):
         (tmp_path / "boolq" / "test.json").write_text(json.dumps(changed))
         compare.grade(tmp_path, "choice", None, str(tmp_path))
         assert len(calls) == expected
+    (tmp_path / "boolq" / "test.json").write_text(json.dumps(rows))
+    (tmp_path / "evaluation-choice.part-0.jsonl").touch()  # a grading that was killed when it was all but finished: its card may be missing
+    compare.grade(tmp_path, "choice", None, str(tmp_path))
+    assert len(calls) == 3
