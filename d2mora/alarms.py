@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TWINS', 'COLLAPSED', 'DEAD', 'LOOKS', 'twins', 'misrouted', 'alarms', 'said', 'part_of', 'gradient_norms',
-           'task_index', 'losses_by_task', 'due', 'staying', 'Watch', 'logged', 'task_curves', 'draw_curves']
+           'task_index', 'losses_by_task', 'summed', 'due', 'staying', 'Watch', 'logged', 'task_curves', 'draw_curves']
 
-# %% ../nbs/11d_alarms.ipynb #34b99fcb
+# %% ../nbs/11d_alarms.ipynb #4eb37797
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -103,7 +104,7 @@ def task_index(
     if not {"input_ids", "task"} <= set(getattr(dataset, "column_names", None) or ()): return {}
     return {hash(tuple(ids)): task for batch in dataset.select_columns(["input_ids", "task"]).iter(1000) for ids, task in zip(batch["input_ids"], batch["task"])}
 
-# %% ../nbs/11d_alarms.ipynb #e70174e4
+# %% ../nbs/11d_alarms.ipynb #93b2cce7
 @torch.no_grad()
 def losses_by_task(
     inputs: dict,           # a padded batch with labels, as the model received it
@@ -117,6 +118,13 @@ def losses_by_task(
     return {task: sums[[k for k, name in enumerate(own) if name == task]].sum(0) for task in dict.fromkeys(own) if task}
 
 
+def summed(losses: dict[str, Tensor]) -> dict[str, float]:
+    "The mean loss of each task over the rows of all processes."
+    every = gather_object([losses])  # a list of one where there is one process
+    total = {task: sum(own[task] for own in every if task in own) for task in sorted({task for own in every for task in own})}
+    return {f"loss_{task}": float(sums[0] / sums[1]) for task, sums in total.items()}
+
+
 def due(state) -> bool:
     "Whether a tenth of the run has gone by since the last look at alarms."
     last = max((line["step"] for line in state.log_history if "alarms_twins" in line), default=0)
@@ -127,7 +135,7 @@ def staying(found: dict[str, list[str]], before: dict[str, list[str]], told: set
     "Alarms that were there at the last look, and have not been told."
     return {kind: [t for t in own if t in before.get(kind, ()) and f"{kind}: {t}" not in told] for kind, own in found.items()}
 
-# %% ../nbs/11d_alarms.ipynb #d3aa70e4
+# %% ../nbs/11d_alarms.ipynb #a033bf67
 class Watch(TrainerCallback):
     "Adds gradient norms, losses by task and counts of alarms to the log; tells an alarm that stays."
 
@@ -145,7 +153,7 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" not in logs: return
-        extra = {name: float(norm) for name, norm in self.norms.items()} | {f"loss_{task}": float(s[0] / s[1]) for task, s in sorted(self.losses.items())}
+        extra = {name: float(norm) for name, norm in self.norms.items()} | summed(self.losses)
         if due(state): extra |= self.look(model, state)
         self.losses = {}
         for log in (logs, state.log_history[-1]): log.update(extra)  # for the callbacks behind this one; for checkpoints

@@ -55,7 +55,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] and len(logs[0]) == 6 + 2 * 3
     for a, b in zip(*logs):
         assert a.keys() == b.keys() and a.get("tokens") == b.get("tokens")
-        assert all(abs(a[key] - b[key]) < 1e-5 for key in a if key.endswith("loss")), (a, b)
+        assert all(abs(a[key] - b[key]) < 1e-5 for key in a if "loss" in key), (a, b)
     assert apart(tmp_path / "two", tmp_path / "one") < 1e-4
     assert (tmp_path / "two" / "checkpoints" / "checkpoint-6" / "rng_state_1.pth").exists()
     assert not list((tmp_path / "two").rglob("*.tmp")) and not list((tmp_path / "two").rglob(".writing"))
