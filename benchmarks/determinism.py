@@ -15,8 +15,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from chaos import ROOT, UNEVEN, Case, Place, command, together, tree  # sets the environment
-from forks import Fork
+from chaos import ROOT, UNEVEN, Case, Place, tree  # sets the environment
 
 import torch
 from safetensors.torch import load_file
@@ -52,14 +51,9 @@ def timed(said):
 
 
 def result(place, case, threads=1):
-    "Run a case as forks; where its result now lies."
-
-    def work(rank):
-        torch.set_num_threads(threads)
-        return command(place.line(case), case, rank, 29000 + os.getppid() % 999, None)
-
+    "Run a case; where its result now lies."
     place.begin(case)
-    status, said = together([Fork(lambda r=r: work(r)) for r in range(case.processes)])
+    status, said = place.whole(case, inside=lambda: torch.set_num_threads(threads))
     assert status == 0, said[-2000:]
     kept = Path(tempfile.mkdtemp(dir=place.kept))
     return Path(shutil.copytree(place.run, kept / "run"))
@@ -68,7 +62,7 @@ def result(place, case, threads=1):
 def apart(a, b):
     "How far two runs are from each other."
     x, y = (torch.cat([t.flatten() for _, t in sorted(load_file(run / "adapter" / "adapter_model.safetensors").items())]) for run in (a, b))
-    losses = [abs(m[key] - n[key]) for m, n in zip(read_metrics(a), read_metrics(b)) for key in m if key.endswith("loss")]
+    losses = [abs(m[key] - n[key]) for m, n in zip(read_metrics(a), read_metrics(b)) for key in m if "loss" in key]
     return {"equal_to_the_bit": torch.equal(x, y), "adapter_relative": float((x - y).norm() / y.norm()), "largest_loss_difference": max(losses)}
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TWINS', 'COLLAPSED', 'DEAD', 'LOOKS', 'twins', 'misrouted', 'alarms', 'said', 'part_of', 'gradient_norms',
-           'task_index', 'losses_by_task', 'summed', 'due', 'staying', 'Watch', 'logged', 'task_curves', 'draw_curves']
+           'task_index', 'losses_by_task', 'task_means', 'due', 'staying', 'Watch', 'logged', 'task_curves',
+           'draw_curves']
 
 # %% ../nbs/11d_alarms.ipynb #4eb37797
 import re
@@ -118,7 +119,7 @@ def losses_by_task(
     return {task: sums[[k for k, name in enumerate(own) if name == task]].sum(0) for task in dict.fromkeys(own) if task}
 
 
-def summed(losses: dict[str, Tensor]) -> dict[str, float]:
+def task_means(losses: dict[str, Tensor]) -> dict[str, float]:
     "The mean loss of each task over the rows of all processes."
     every = gather_object([losses])  # a list of one where there is one process
     total = {task: sum(own[task] for own in every if task in own) for task in sorted({task for own in every for task in own})}
@@ -153,7 +154,7 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" not in logs: return
-        extra = {name: float(norm) for name, norm in self.norms.items()} | summed(self.losses)
+        extra = {name: float(norm) for name, norm in self.norms.items()} | task_means(self.losses)
         if due(state): extra |= self.look(model, state)
         self.losses = {}
         for log in (logs, state.log_history[-1]): log.update(extra)  # for the callbacks behind this one; for checkpoints

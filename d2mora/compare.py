@@ -23,6 +23,7 @@ from .cards import count_saved
 from .data import data_path
 from .diagnose import draw
 from .evaluate import PROTOCOLS, evaluate, tasks_to_grade, test_rows
+from .grading import under_way
 from .likeness import as_model, likeness, overall
 from .recipe import Recipe, check_training
 from .report import percent, read_graded, report, row_hash, text_table
@@ -90,7 +91,7 @@ def varied(
 def graded_whole(folder: Path, protocol: str, limit: int | None, rows: dict[str, list[dict]]) -> bool:
     "Whether the grades that lie in a finished run are whole, and of these rows."
     path = folder/f"evaluation-{protocol}.json"
-    if not path.is_file() or list(folder.glob(f"evaluation-{protocol}.part-*.jsonl")): return False
+    if not path.is_file() or under_way(folder, protocol): return False
     found, graded = read_json(path, "limit", "tasks"), {g["hash"] for g in read_graded(folder, protocol)}
     counts = {task: g["n"] for task, g in found["tasks"].items()}
     return found["limit"] == limit and counts == {t: len(own) for t, own in rows.items()} and graded >= {row_hash(row, t) for t, own in rows.items() for row in own}

@@ -105,13 +105,13 @@ def read_file(
 ) -> "datasets.Dataset":  # columns instruction, input, output, answer
     "Read one file by `datasets`, looked at first: its reader ends the whole process at some files that are no JSON."
     import datasets
-    if problem := file_problem(path): raise ValueError(f"{path}: {problem}; mend the file or leave its task out of data.tasks")
+    unfit = lambda problem: ValueError(f"{path}: {problem}; mend the file or leave its task out of data.tasks")
+    if problem := file_problem(path): raise unfit(problem)
     try:
         with path.open("rb") as file: mark = file_digest(file, "sha256").hexdigest()[:16]  # `datasets` itself knows a changed file by its time alone
         with quiet(): rows = datasets.load_dataset("json", mark, data_files=str(path), split="train")
-    except Exception as error:
-        raise ValueError(f"{path}: {first_line(error)}; mend the file or leave its task out of data.tasks") from error
-    if "instruction" not in rows.column_names: raise ValueError(f"{path}: row 0: the field instruction is missing; mend the file or leave its task out of data.tasks")
+    except Exception as error: raise unfit(first_line(error)) from error
+    if "instruction" not in rows.column_names: raise unfit("row 0: the field instruction is missing")
     return rows.select_columns([c for c in rows.column_names if c in ("instruction", "input", "output", "answer")])
 
 # %% ../nbs/08_data.ipynb #f5c96ee5

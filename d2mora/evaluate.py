@@ -23,8 +23,8 @@ from .batches import shorten_prompt
 from .cards import write_card
 from .data import DataConfig, data_path, find_file, read_task
 from .generation import NEW_TOKENS, write
-from .grading import all_lines, everyone, in_order, join, mark, open_results, settings_of
-from .protocols import PROTOCOLS, about_row, grade_batch, grader, in_batches, plan
+from .grading import all_lines, everyone, in_order, join, mark, open_results, settings_of, under_way
+from .protocols import PROTOCOLS, about_row, grader, in_batches, plan
 from .recipe import load_base, load_recipe, max_positions
 from .report import draw_results, report, result_table, results, row_hash, text_table
 from .runs import locked, whole_file, write_text
@@ -156,7 +156,7 @@ def write_results(
     with whole_file(folder/"plots"/f"evaluation-{protocol}.png") as aside: draw_results({folder.resolve().name: result}).savefig(aside, dpi=100)
     write_text(folder/"report.md", report(folder))
     if all((folder/name).is_file() for name in ("recipe.yaml", "metrics.jsonl", "adapter/README.md")): write_card(folder)
-    for part in folder.glob(f"evaluation-{protocol}.part-*.jsonl"): part.unlink()  # last: as long as one is there, something else may not be
+    for part in under_way(folder, protocol): part.unlink()  # last: as long as one is there, something else may not be
 
 # %% ../nbs/10d_evaluate.ipynb #256d87bb
 def begin(folder: Path | None, settings: dict, again: bool, share: tuple) -> tuple:

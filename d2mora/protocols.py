@@ -20,7 +20,7 @@ import torch
 
 from .data import DataConfig, data_path, read_task
 from .generation import NEW_TOKENS, write_tokens
-from .likelihood import Beginning, Item, common, option_scores, ready
+from .likelihood import Beginning, Item, beginning, option_scores, ready
 from .recipe import max_positions
 from .report import row_hash
 from .tasks import ANSWER_PREFIX, evaluation_prompt, parse_answer, row_answers
@@ -157,8 +157,7 @@ def plan(
 
 def grader(model, tokenizer, task: str, rows: list[dict], protocol: str, style: str, batch_size: int) -> Callable:
     "A function that grades a batch of row numbers; what all rows begin with is read once."
-    heads = [item.head for item in items_of(model, tokenizer, task, [rows[i] for i in plan(rows, batch_size)[:batch_size]], protocol, style)]
-    kept = Beginning(heads[0][:common(heads)])
+    kept = beginning(items_of(model, tokenizer, task, [rows[i] for i in plan(rows, batch_size)[:batch_size]], protocol, style))
     return lambda numbers: grade_batch(model, tokenizer, task, [rows[i] for i in numbers], protocol, style, kept)
 
 

@@ -108,15 +108,12 @@ def test_runs_leave_nothing_open(tmp_path):
 
 def stored(name):
     "A result that the repository holds."
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not made yet: make {name}")
-    return json.loads(path.read_text())
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def test_stored_faults_lost_nothing():
     found = stored("chaos")
-    assert found["faults"] == found["survived"] == len(found["thrown"]) >= 40 and found["bytes_lost"] == 0
+    assert found["faults"] == found["survived"] == len(found["thrown"]) >= 100 and found["bytes_lost"] == 0
     assert not any(twice["differing"] for twice in found["undisturbed_twice"].values())
 
 

@@ -11,8 +11,8 @@ from d2mora.data import read_task
 from d2mora import likelihood
 from d2mora.evaluate import ask, evaluate, on_device
 from d2mora.generation import NEW_TOKENS, RoomLayer, write, write_tokens
-from d2mora.likelihood import Beginning, option_scores, ready
-from d2mora.protocols import PROTOCOLS, batch_differences, choice_pairs, content_pairs, grade_batch, grade_rows, grader, plan, prompt_pairs, question_and_texts
+from d2mora.likelihood import beginning, option_scores, ready
+from d2mora.protocols import PROTOCOLS, batch_differences, choice_pairs, content_pairs, grade_batch, grade_rows, grader, items_of, plan, prompt_pairs, question_and_texts
 from d2mora.report import mean_chance, summary, wilson_interval
 from d2mora.tasks import ANSWER_PREFIX, TASKS, evaluation_prompt, parse_answer, row_answers
 from d2mora.recipe import load_recipe
@@ -111,16 +111,10 @@ def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch,
         assert a.get("scores", {}) == pytest.approx(b.get("scores", {}), abs=2e-4)
 
 
-def beginning(tokenizer, task, rows, style="official"):
-    "What some rows begin with, not read yet."
-    heads = [ready(tokenizer, choice_pairs(row, task, style), None).head for row in rows]
-    return Beginning(heads[0][: likelihood.common(heads)])
-
-
 def test_a_kept_beginning_is_cut_where_rows_part_and_never_replaced(stories, reads):
     "Rows of another task begin alike for a while, or not at all, or share more among themselves."
     model, tokenizer, _ = stories
-    kept = beginning(tokenizer, "boolq", rows_of(stories, "boolq", 4))
+    kept = beginning(items_of(model, tokenizer, "boolq", rows_of(stories, "boolq", 4), "choice", "official"))
     ids = list(kept.ids)
     for task, style in (("boolq", "official"), ("piqa", "official"), ("piqa", "plain"), ("hellaswag", "official"), ("boolq", "official")):
         rows = rows_of(stories, task, 4)
@@ -150,7 +144,7 @@ def test_a_beginning_of_other_tokens_is_noticed(stories):
     "The check above can fail: keys and values of other tokens give other scores."
     model, tokenizer, _ = stories
     rows = rows_of(stories, "piqa", 4)
-    right, kept = grade_batch(model, tokenizer, "piqa", rows, "choice", "official"), beginning(tokenizer, "piqa", rows)
+    right, kept = grade_batch(model, tokenizer, "piqa", rows, "choice", "official"), beginning(items_of(model, tokenizer, "piqa", rows, "choice", "official"))
     with torch.no_grad():
         kept.past = [model(torch.tensor([kept.ids[:20] + [i + 1 for i in kept.ids[20:-1]] + kept.ids[-1:]]), use_cache=True).past_key_values]
     wrong = grade_batch(model, tokenizer, "piqa", rows, "choice", "official", kept)
