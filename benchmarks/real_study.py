@@ -2,9 +2,10 @@
 
     python benchmarks/real_study.py --seeds 0,1,2       # runs/real; writes nbs/results/compare-real.json after every run
 
-Learning rates are chosen for each method among three by one seed on fewer rows; then every method is trained, seed by seed, and graded on
-real test rows by `content` and `choice`, and by its loss on each of them: on the whole row, and on the answer alone. What is finished in
-runs/real is not done again, so a study that was killed, or is to have more seeds, goes on where it stopped.
+Seed 0 trains every method with three learning rates; the loss on validation rows chooses one. These runs are whole: a rate that is
+best after a tenth of the steps may break a run later. Then every method is trained, seed by seed, and graded on real test rows by `content`
+and `choice`, and by its loss on each of them: on the whole row, and on the answer alone. What is finished in runs/real is not done again, so
+a study that was killed, or is to have more seeds, goes on where it stopped.
 """
 import argparse
 import json
@@ -23,7 +24,7 @@ import transformers
 
 from d2mora.batches import collator_for, encode
 from d2mora.budgets import METHODS, adapters_at
-from d2mora.compare import about_comparison, choose_rate, one_run, varied
+from d2mora.compare import about_comparison, best_rate, held_out_loss, one_run, varied
 from d2mora.data import DataConfig, read_task
 from d2mora.evaluate import evaluate, load_target
 from d2mora.recipe import Recipe, load_recipe
@@ -34,6 +35,7 @@ from d2mora.tasks import TASKS
 ROOT = Path(__file__).resolve().parents[1]
 PROTOCOLS, KINDS = ("content", "choice"), ("row", "answer")
 REFERENCE = "d2mora"  # the method that the others are held against, row by row
+CHOOSING_SEED = 0  # the one whose runs choose the learning rates
 
 # --- losses on test rows, row by row -----------------------------------------------------------------------------------------
 
@@ -120,25 +122,34 @@ def finished(recipe: Recipe, folder: Path, method: str, limit: int) -> dict:
         with clocked(clock): one_run(recipe, folder, PROTOCOLS, limit), test_losses(recipe, folder, limit, folder)
     return {"method": method, "cpu_seconds": round(seconds(clock))} | one_run(recipe, folder, PROTOCOLS, limit) | {"losses": loss_figures(test_losses(recipe, folder, limit, folder))}
 
+def place(folder: Path, method: str, rate: float, seed: int) -> Path:
+    "Where a run lies."
+    return folder/method/f"learning-rate-{rate:g}"/f"seed-{seed}"
+
 def choose(recipe: Recipe, folder: Path, adapters: dict[str, dict], args) -> dict[str, dict[str, float | None]]:
-    "Each method's learning rate: one seed, fewer steps."
-    short = varied(recipe, max_steps=args.choosing_steps, warmup_steps=min(recipe.training["warmup_steps"], args.choosing_steps // 4), save_strategy="no", validation_rows=args.choosing_rows)
-    with clocked(folder/"seconds.json"): return {m: choose_rate(varied(short, adapter), folder/m, args.learning_rates) for m, adapter in adapters.items()}
+    "Validation loss by method and learning rate: whole runs of one seed."
+    def one(method, rate):
+        with clocked((run := place(folder, method, rate, CHOOSING_SEED))/"seconds.json"):
+            return held_out_loss(varied(recipe, adapters[method], learning_rate=rate, seed=CHOOSING_SEED), run)
+
+    return {m: {f"{rate:g}": one(m, rate) for rate in args.learning_rates} for m in adapters}
 
 def study(recipe: Recipe, folder: Path, args) -> None:
     "Every method with every seed, seed by seed; the result file is renewed after each run."
     adapters = adapters_at(recipe, "equal", args.methods)
     result = about_comparison(recipe, "equal", args.limit) | {"command": "python benchmarks/real_study.py --seeds " + ",".join(map(str, args.seeds)), "planned_seeds": args.seeds, "methods": adapters}
-    result["rows"] = {"train": recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"], "choosing": args.choosing_steps * recipe.training["per_device_train_batch_size"]}
+    result["rows"] = {"train": recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"], "validation": recipe.data.validation_rows}
     result["base_sha256"] = sha256((Path(recipe.base)/"model.safetensors").read_bytes()).hexdigest()
-    result["learning_rates"] = rates = choose(recipe, folder/"learning-rates", adapters, args)
-    result |= {"choosing_cpu_seconds": round(seconds(folder/"learning-rates"/"seconds.json")), "frozen": frozen(recipe, folder/"frozen", args.limit), "runs": [], "paired": {}}
+    result["learning_rates"] = rates = choose(recipe, folder, adapters, args)
+    left = [place(folder, m, float(rate), CHOOSING_SEED)/"seconds.json" for m, losses in rates.items() for rate in losses if float(rate) != best_rate(losses)]
+    result |= {"rates_left_cpu_seconds": round(sum(map(seconds, left))), "frozen": frozen(recipe, folder/"frozen", args.limit), "runs": [], "paired": {}}
     for seed in args.seeds:
+        at = {m: place(folder, m, best_rate(rates[m]), seed) for m in adapters}
         for method, adapter in adapters.items():
-            one = varied(recipe, adapter, learning_rate=float(min(rates[method], key=rates[method].__getitem__)), seed=seed)
-            result["runs"].append(finished(one, folder/method/f"seed-{seed}", method, args.limit))
+            one = varied(recipe, adapter, learning_rate=best_rate(rates[method]), seed=seed)
+            result["runs"].append(finished(one, at[method], method, args.limit))
             done = [r["method"] for r in result["runs"] if r["seed"] == seed]
-            if method == REFERENCE: result["paired"][str(seed)] = {m: held_against(folder/m/f"seed-{seed}", folder/REFERENCE/f"seed-{seed}", recipe, args.limit) for m in done if m != REFERENCE}
+            if method == REFERENCE: result["paired"][str(seed)] = {m: held_against(at[m], at[REFERENCE], recipe, args.limit) for m in done if m != REFERENCE}
             write_text(args.results, json.dumps(result, indent=1) + "\n")
             print(f"{len(result['runs'])} of {len(args.seeds) * len(adapters)} runs: {method}, seed {seed}", file=sys.stderr, flush=True)
 
@@ -148,10 +159,8 @@ def main(argv=None) -> None:
     parser.add_argument("overrides", nargs="*", help="base=FOLDER, section.key=value: values of benchmarks/real.yaml")
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]
     parser.add_argument("--methods", type=numbers(str), default=list(METHODS), help=f"{REFERENCE} is the one that the others are held against")
-    parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2, 3, 4], help=f"runs of seed {CHOOSING_SEED} choose the learning rates, whether it stands here or not")
     parser.add_argument("--learning-rates", type=numbers(float), default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--choosing-steps", type=int, default=60)
-    parser.add_argument("--choosing-rows", type=int, default=300, help="to validate on")
     parser.add_argument("--limit", type=int, default=300, help="test rows a task")
     parser.add_argument("--output", type=Path, default=ROOT/"runs/real")
     parser.add_argument("--results", type=Path, default=ROOT/"nbs/results/compare-real.json")

@@ -12,7 +12,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -120,22 +120,30 @@ def one_run(
 # %% ../nbs/12b_compare.ipynb #ab53fc80
 CHOOSING_SEED, SET_ASIDE = 1000, 400  # the seed, and the rows set aside, where the recipe has no validation rows of its own
 
-def held_out_loss(recipe: Recipe, folder: Path, rate: float) -> float:
-    "Mean over tasks of the final loss on rows set aside."
-    aside = recipe.data.validation_rows or SET_ASIDE
-    run = train(varied(recipe, validation_rows=aside, learning_rate=rate, seed=CHOOSING_SEED), folder, resume=begun(folder))
+def held_out_loss(
+    recipe: Recipe,  # with validation rows
+    folder: Path,    # the run folder; a finished one is read, an unfinished one goes on
+) -> float | None:   # mean over tasks; None where training breaks down
+    "Train; the final loss on validation rows."
+    try: run = train(recipe, folder, resume=begun(folder))
+    except FloatingPointError as error:
+        print(f"{folder}: {error}", file=sys.stderr)
+        return None
     return mean(last for _, last in validation_losses(run).values())
 
 def choose_rate(
     recipe: Recipe,     # with the method's adapter
     folder: Path,       # for the runs
     rates: list[float],
-) -> dict[str, float | None]:  # held-out loss by learning rate; None where there is nothing to choose
+) -> dict[str, float | None]:  # held-out loss by learning rate; None where training breaks down, or there is nothing to choose
     "Try each rate once."
     if len(rates) == 1: return {f"{rates[0]:g}": None}
-    return {f"{rate:g}": held_out_loss(recipe, folder/f"learning-rate-{rate:g}", rate) for rate in rates}
+    aside = recipe.data.validation_rows or SET_ASIDE
+    losses = {f"{rate:g}": held_out_loss(varied(recipe, validation_rows=aside, learning_rate=rate, seed=CHOOSING_SEED), folder/f"learning-rate-{rate:g}") for rate in rates}
+    if set(losses.values()) == {None}: raise ValueError(f"{folder}: training breaks down at each learning rate ({', '.join(losses)}): name lower ones by --learning-rates")
+    return losses
 
-def best_rate(losses: dict[str, float]) -> float:
+def best_rate(losses: Mapping[str, float | None]) -> float:
     "The rate of the least loss."
     return float(chosen(losses))
 

@@ -8,6 +8,7 @@ __all__ = ['paired_interval', 'told_apart', 'by_method', 'against', 'points', 'c
 
 # %% ../nbs/12a_verdicts.ipynb #840f296c
 import math
+from collections.abc import Mapping
 from statistics import mean, stdev
 
 from .pictures import canvas, headline
@@ -48,7 +49,12 @@ def points(interval: tuple[float, float, float]) -> str:
     return f"{middle:+.1f}" + ("" if math.isinf(low) else f" [{low:+.1f}, {high:+.1f}]")
 
 # %% ../nbs/12a_verdicts.ipynb #8315921f
-def chosen(losses: dict[str, float]) -> str: return min(losses, key=losses.__getitem__)
+def chosen(
+    losses: Mapping[str, float | None],  # by learning rate; None where training broke down
+) -> str:
+    "The learning rate of the least loss."
+    found = {rate: math.inf if loss is None else loss for rate, loss in losses.items()}
+    return min(found, key=found.__getitem__)
 
 def methods_table(
     result: dict,            # from `compare`

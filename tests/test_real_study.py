@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_a_stopped_base_goes_on_to_the_same_weights(data, base, tmp_path, monkey
 
 def study(folder, *more, methods="lora,d2mora"):
     real_study.main([f"base={folder}/base", f"data.path={folder}/data", "training.max_steps=3", "training.per_device_train_batch_size=4", "data.validation_rows=60",
-                     "training.warmup_steps=1", "--choosing-steps", "2", "--choosing-rows", "60", "--limit", "4", "--methods", methods,
+                     "training.warmup_steps=1", "--limit", "4", "--methods", methods,
                      "--output", str(folder/"study"), "--results", str(folder/"result.json"), *more])
 
 
@@ -87,13 +88,18 @@ def test_the_study_stops_goes_on_and_takes_more_seeds(base, monkeypatch):
         study(folder, "--seeds", "0", "--learning-rates", "0.001,0.003")
     first = json.loads((folder/"result.json").read_text())
     assert [r["method"] for r in first["runs"]] == ["lora"] and not first["paired"]
-    saved = (folder/"study/lora/seed-0/adapter/adapter_model.safetensors").stat().st_mtime_ns
+    saved = lambda: {p.parts[-5:-2]: p.stat().st_mtime_ns for p in folder.glob("study/*/*/seed-0/adapter/adapter_model.safetensors")}
+    before = saved()
+    assert len(before) == 4
 
     study(folder, "--seeds", "0,1", "--learning-rates", "0.001,0.003")
     result = json.loads((folder/"result.json").read_text())
     assert [(r["method"], r["seed"]) for r in result["runs"]] == [("lora", 0), ("d2mora", 0), ("lora", 1), ("d2mora", 1)]
-    assert (folder/"study/lora/seed-0/adapter/adapter_model.safetensors").stat().st_mtime_ns == saved
+    assert saved() == before
     assert result["runs"][0] == first["runs"][0] and result["learning_rates"] == first["learning_rates"]
+    best = {m: min(losses, key=losses.get) for m, losses in result["learning_rates"].items()}
+    assert {p.parts[-3:-1] for p in folder.glob("study/*/*/seed-1")} == {(m, f"learning-rate-{rate}") for m, rate in best.items()}
+    assert mean(result["runs"][1]["held_out"].values()) == result["learning_rates"]["d2mora"][best["d2mora"]]
     assert set(result["paired"]) == {"0", "1"} and result["paired"]["0"]["lora"]["content"]["all rows"]["n"] == 4 * len(TASKS)
     assert all(set(r["losses"]["answer"]) == {*TASKS, "average"} for r in result["runs"])
 
