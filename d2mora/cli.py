@@ -229,7 +229,7 @@ def words(text: str, kind: type = str) -> list:
 @click.option("--learning-rates", default="", help="To choose from; default: a third of the recipe's, it, three times it.")
 @click.option("--protocols", default="choice", show_default=True)
 @click.option("--limit", type=int, help="Grade only the first rows of each task.")
-@click.option("--single-task", "single", is_flag=True, help="Also one adapter for each task.")
+@click.option("--single-task", "single", is_flag=True, help="Also one adapter for each task; writes comparison-BUDGET-single.json, .md, .png.")
 @click.option("--output", type=Folder(), required=True, help="Folder for all runs; a comparison in it goes on.")
 def compare(recipe, overrides, methods, seeds, learning_rates, protocols, output, **options):
     """Compare methods at the size of RECIPE's D2MoRA: each chooses its learning rate on training
