@@ -81,18 +81,18 @@ def over_tasks(found: dict[str, dict]) -> dict:
     "The unweighted mean of tasks, whose rows are independent."
     return {"mean": mean(f["mean"] for f in found.values()), "half": math.sqrt(sum(f["half"] ** 2 for f in found.values())) / len(found), "n": sum(f["n"] for f in found.values())}
 
-def loss_figures(losses: dict[str, list[dict]], minus: dict[str, list[dict]] | None = None) -> dict[str, dict]:
-    "By kind of loss and task: mean and interval; of the differences on the same rows where another's losses are given."
+def loss_figures(losses: dict[str, list[dict]], trained: list[str], minus: dict[str, list[dict]] | None = None) -> dict[str, dict]:
+    "By kind of loss and task, and over the trained tasks: mean and interval; of the differences on the same rows where another's losses are given."
     found = {}
     for kind in KINDS:
         values = {task: [row[kind] - (minus[task][i][kind] if minus else 0) for i, row in enumerate(own)] for task, own in losses.items()}
-        found[kind] = (own := {task: interval(v) for task, v in values.items()}) | {"average": over_tasks(own)}
+        found[kind] = (own := {task: interval(v) for task, v in values.items()}) | {"average": over_tasks({task: own[task] for task in trained})}
     return found
 
 def held_against(folder: Path, reference: Path, recipe: Recipe, limit: int) -> dict:
     "A finished run against another on the same rows: McNemar by protocol, differences of losses."
     tests = {p: paired(read_graded(folder, p), read_graded(reference, p)) for p in PROTOCOLS}
-    return tests | {"losses": loss_figures(test_losses(recipe, folder, limit, folder), test_losses(recipe, reference, limit, reference))}
+    return tests | {"losses": loss_figures(test_losses(recipe, folder, limit, folder), recipe.data.tasks, test_losses(recipe, reference, limit, reference))}
 
 # --- the study ---------------------------------------------------------------------------------------------------------------
 
@@ -113,14 +113,14 @@ def frozen(recipe: Recipe, folder: Path, limit: int) -> dict:
     grades = {p: evaluate(base=recipe.base, data=recipe.data.path, protocol=p, limit=limit, output=folder, progress=False) for p in PROTOCOLS}
     kept = ("n", "accuracy", "interval", "chance")
     return {"grades": {p: {"average": g["average"], "average_interval": g["average_interval"], "tasks": {t: {k: own[k] for k in kept} for t, own in g["tasks"].items()}} for p, g in grades.items()},
-            "losses": loss_figures(test_losses(recipe, folder, limit, None))}
+            "losses": loss_figures(test_losses(recipe, folder, limit, None), recipe.data.tasks)}
 
 def finished(recipe: Recipe, folder: Path, method: str, limit: int) -> dict:
     "Train, grade, measure; or read what is there."
     clock = folder/"seconds.json"
     if not clock.is_file() or not (folder/"test-losses.json").is_file():
         with clocked(clock): one_run(recipe, folder, PROTOCOLS, limit), test_losses(recipe, folder, limit, folder)
-    return {"method": method, "cpu_seconds": round(seconds(clock))} | one_run(recipe, folder, PROTOCOLS, limit) | {"losses": loss_figures(test_losses(recipe, folder, limit, folder))}
+    return {"method": method, "cpu_seconds": round(seconds(clock))} | one_run(recipe, folder, PROTOCOLS, limit) | {"losses": loss_figures(test_losses(recipe, folder, limit, folder), recipe.data.tasks)}
 
 def place(folder: Path, method: str, rate: float, seed: int) -> Path:
     "Where a run lies."
