@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'tensors_of', 'changed', 'without', 'uniform', 'one_mix', 'ablation_plan', 'ablate', 'against', 'means_of',
            'draw_ablations', 'points']
 
-# %% ../nbs/11c_ablations.ipynb #d17f08b1
+# %% ../nbs/11c_ablations.ipynb #e79b37c1
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -118,24 +118,26 @@ def means_of(
     "Each task's mean routing weights."
     return {task: {layer: {side: own[side][t] for side in ("down", "up") if side in own} for layer, own in routing.items()} for t, task in enumerate(tasks)}
 
-# %% ../nbs/11c_ablations.ipynb #8a5c86be
+# %% ../nbs/11c_ablations.ipynb #859fb3ea
 def draw_ablations(
     found: dict[str, dict[str, dict]],  # from `ablate`
 ):                                      # a matplotlib Figure
-    "Change of accuracy, ablations down and tasks across; bold where it is more than chance."
+    "Change of accuracy, ablations down and tasks across; bold where McNemar's test is below 0.05."
     from statistics import mean
     tasks, names = list(found["whole"]), [name for name in found if name != "whole"]
     change = [[found[name][task]["change"] for task in tasks] for name in names]
-    top = max(5.0, *(abs(v) for line in change for v in line))
+    top, gain = max(5.0, *(abs(v) for line in change for v in line)), max(v for line in change for v in line) > 0
+    look: tuple[str, float, float] = (MAPS["change"], top, -top) if gain else (MAPS["up"] + "_r", 0, -top)  # two sides only where there are two
     with canvas(1, 1, 7.2, 1.5 + 0.24 * len(names)) as (figure, ((ax,),), colors):
-        figure.colorbar(heat(ax, [[*line, mean(line)] for line in change], MAPS["change"], top, -top, points), ax=ax, label="points of accuracy")
+        figure.colorbar(heat(ax, [[*line, mean(line)] for line in change], *look, points), ax=ax, label="change of accuracy (points)")
         for text, (name, task) in zip(ax.texts, ((n, t) for n in names for t in [*tasks, None])):
             if task and found[name][task]["p"] < 0.05: text.set(weight="bold", size=9)
         ax.axvline(len(tasks) - 0.5, color=colors["text"], lw=1)
         ax.set(xticks=range(len(tasks) + 1), yticks=range(len(names)), ylabel="ablation, in every adapted layer")
         ax.set_xticklabels([f"{t} {100 * found['whole'][t]['accuracy']:.0f} %" for t in tasks] + ["mean"], rotation=30, ha="right"), ax.set_yticklabels(names)
-        ax.set_xlabel(f"task and the whole adapter's accuracy; {next(iter(found['whole'].values()))['n']} rows each; bold: more than chance (p < 0.05)")
-    return headline(figure, _most_missed(found, names, tasks), "A field for each ablation and task: change of accuracy in points; bold where it is more than chance")
+        n = next(iter(found["whole"].values()))["n"]
+        ax.set_xlabel(f"task and the whole adapter's accuracy on {n} rows, of which one is {100 / n:.1f} points; bold: p < 0.05 (McNemar)")
+    return headline(figure, _most_missed(found, names, tasks), "A field for each ablation and task: change of accuracy in points; bold where McNemar's test is below 0.05")
 
 
 def points(value: float) -> str: return "0" if abs(value) < 0.5 else f"{value:+.0f}"
@@ -145,6 +147,7 @@ def _most_missed(found, names, tasks):
     "What the table says, in one sentence."
     means = {name: sum(found[name][t]["change"] for t in tasks) / len(tasks) for name in names}
     cut = {n.removeprefix("without "): m for n, m in means.items() if n.startswith("without")}
-    most, least = (pick(cut, key=cut.__getitem__, default=None) for pick in (min, max))
-    parts = [f"Most missed is {most} ({points(cut[most])} points of accuracy), least {least} ({points(cut[least])})"] if cut else []
+    most, idle = min(cut, key=cut.__getitem__, default=None), [n for n, m in cut.items() if points(m) == "0"]
+    spared = f"; {', '.join(idle) if len(idle) < 4 else f'{len(idle)} of {len(cut)} experts'} not missed alone (0)" if idle else ""
+    parts = [f"Most missed is {most} ({points(cut[most])} points of accuracy){spared}"] if cut else []
     return "; ".join(parts + [f"{name} {points(means[name])}" for name in ("uniform routers", "one mix per task") if name in means])

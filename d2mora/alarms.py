@@ -7,7 +7,7 @@ __all__ = ['TWINS', 'COLLAPSED', 'DEAD', 'LOOKS', 'twins', 'misrouted', 'alarms'
            'task_index', 'losses_by_task', 'task_means', 'due', 'staying', 'Watch', 'logged', 'task_curves',
            'draw_curves']
 
-# %% ../nbs/11d_alarms.ipynb #4eb37797
+# %% ../nbs/11d_alarms.ipynb #38250c6a
 import re
 import sys
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .likeness import NAMES, named_experts
+from .likeness import LINES, NAMES, named_experts
 from .orthogonality import pairwise_cosine, whole
 from .pictures import canvas, expert_names, headline
 from .routing import short, token_weights
@@ -105,7 +105,7 @@ def task_index(
     if not {"input_ids", "task"} <= set(getattr(dataset, "column_names", None) or ()): return {}
     return {hash(tuple(ids)): task for batch in dataset.select_columns(["input_ids", "task"]).iter(1000) for ids, task in zip(batch["input_ids"], batch["task"])}
 
-# %% ../nbs/11d_alarms.ipynb #93b2cce7
+# %% ../nbs/11d_alarms.ipynb #a9a9d24c
 @torch.no_grad()
 def losses_by_task(
     inputs: dict,           # a padded batch with labels, as the model received it
@@ -136,7 +136,7 @@ def staying(found: dict[str, list[str]], before: dict[str, list[str]], told: set
     "Alarms that were there at the last look, and have not been told."
     return {kind: [t for t in own if t in before.get(kind, ()) and f"{kind}: {t}" not in told] for kind, own in found.items()}
 
-# %% ../nbs/11d_alarms.ipynb #a033bf67
+# %% ../nbs/11d_alarms.ipynb #5d1e9177
 class Watch(TrainerCallback):
     "Adds gradient norms, losses by task and counts of alarms to the log; tells an alarm that stays."
 
@@ -186,7 +186,7 @@ def task_curves(
         if curves and min(len(steps) for steps, _ in curves.values()) >= 3: return what, curves
     return "", {}
 
-# %% ../nbs/11d_alarms.ipynb #d3c1e4a9
+# %% ../nbs/11d_alarms.ipynb #7e727b9f
 def draw_curves(
     run: str | Path,  # a run folder with metrics.jsonl
 ):                    # a matplotlib Figure; None if nothing was logged
@@ -196,21 +196,28 @@ def draw_curves(
     if not steps: return None
     what, tasks = task_curves(lines)
     parts = {"orthogonality": any("orthogonality_up" in line for line in lines), "norms": any("grad_norm_A" in line for line in lines)}
-    panels = [_loss_panel, *[_tasks_panel] * bool(tasks), *[_orthogonality_panel] * parts["orthogonality"], *[_norms_panel] * parts["norms"]]
+    panels = [_loss_panel, *[_tasks_panel if len(tasks) > 4 else _few_tasks_panel] * bool(tasks), *[_orthogonality_panel] * parts["orthogonality"], *[_norms_panel] * parts["norms"]]
     with canvas(-(-len(panels) // 2), min(2, len(panels)), 7.2, 0.5 + 2.5 * -(-len(panels) // 2)) as (figure, axes, colors):
         for ax, panel in zip(axes.flat, panels): panel(ax, lines, colors)
         for ax in axes.flat[len(panels):]: ax.set_axis_off()
     few, last = max(1, len(losses) // 10), {task: own[-1] for task, (_, own) in tasks.items()}
     start, end = sum(losses[:few]) / few, sum(losses[-few:]) / few
     hardest = f"; highest at the end: {max(last, key=last.__getitem__)}, {max(last.values()):.2f}" if len(last) > 1 else ""
-    return headline(figure, f"The loss goes from {start:.2f} to {end:.2f} nats per graded token{hardest}", "Curves over the training steps: loss" + f", {what} loss of each task" * bool(tasks)
+    alarm = ", ".join(f"{v:.0f} {key.removeprefix('alarms_')}" for key, v in next((line for line in reversed(lines) if "alarms_twins" in line), {}).items() if key.startswith("alarms_") and v)
+    return headline(figure, f"The loss goes from {start:.2f} to {end:.2f} nats per graded token, first and last tenth{hardest}{f'; alarms at the end: {alarm}' if alarm else ''}", "Curves over the training steps: loss" + f", {what} loss of each task" * bool(tasks)
                     + ", orthogonality loss of A's and B's" * parts["orthogonality"] + ", gradient norms of A's, B's and routers" * parts["norms"])
 
-# %% ../nbs/11d_alarms.ipynb #56c884fe
+# %% ../nbs/11d_alarms.ipynb #caff30fe
 def _loss_panel(ax, lines, colors):
     ax.plot(*logged(lines, "loss"), color=colors["loss"], label="training rows")
     if held := logged(lines, "eval_loss")[0]: ax.plot(held, logged(lines, "eval_loss")[1], "o--", color=colors["text"], label="held-out rows, mean of tasks"), ax.legend()
     ax.set(title="loss", xlabel="step", ylabel="nats per graded token", ylim=(0, None))
+
+
+def _few_tasks_panel(ax, lines, colors):
+    what, tasks = task_curves(lines)
+    for k, (task, own) in enumerate(tasks.items()): ax.plot(*own, LINES["style"][k], color=colors[LINES["color"][k]], label=task)
+    ax.set(title=f"loss of each task, {what} rows", xlabel="step", ylabel="nats per graded token", ylim=(0, None)), ax.legend()
 
 
 def _tasks_panel(ax, lines, colors):
@@ -224,12 +231,14 @@ def _tasks_panel(ax, lines, colors):
 
 
 def _orthogonality_panel(ax, lines, colors):
-    for side, style in (("down", "-"), ("up", "--")): ax.plot(*logged(lines, f"orthogonality_{side}"), style, color=colors[side], label=f"{NAMES[side]} ({side})")
-    ax.set(title="orthogonality loss, without λ", xlabel="step", ylabel="|cosine|, summed over\npairs and layers", ylim=(0, None)), ax.legend()
+    for side, style in (("down", "-"), ("up", "--")):
+        own = logged(lines, f"orthogonality_{side}")
+        ax.plot(*own, style, color=colors[side], label=f"{NAMES[side]} ({side}), at the end {own[1][-1]:.3g}", clip_on=False)
+    ax.set(title="orthogonality loss, before it is weighed by λ", xlabel="step", ylabel="|cosine|, summed over\npairs and layers", ylim=(0, None)), ax.legend()
 
 
 def _norms_panel(ax, lines, colors):
     for part, color, style in (("A", "down", "-"), ("B", "up", "--"), ("routers", "router", ":")):
-        if (points := logged(lines, f"grad_norm_{part}"))[0]: ax.semilogy(*points, style, color=colors[color], label=f"{part}'s" if part in "AB" else part)
+        if (points := logged([line for line in lines if line.get(f"grad_norm_{part}", 0) > 0], f"grad_norm_{part}"))[0]: ax.semilogy(*points, style, color=colors[color], label=f"{part}'s" if part in "AB" else part)
     positive = [v for line in lines for key, v in line.items() if key.startswith("grad_norm_") and v > 0] or [1.0]
-    ax.set(title="gradient norms", xlabel="step", ylabel="norm over all layers\n(logarithmic)", ylim=(min(positive) / 2, max(positive) * 10)), ax.legend(loc="upper right", ncols=3)
+    ax.set(title="gradient norms, where above 0", xlabel="step", ylabel="norm over all layers\n(logarithmic)", ylim=(min(positive) / 2, max(positive) * 10)), ax.legend(loc="upper right", ncols=3)

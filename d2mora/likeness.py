@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LINES', 'MEASURES', 'NAMES', 'as_model', 'named_experts', 'place_of', 'subspace_overlap', 'likeness', 'mean_pair',
-           'main_kinds', 'curve', 'overall', 'what_curves_say', 'draw_similarity', 'most_alike', 'draw_heatmaps',
-           'expert_points', 'maps_of', 'layer_silhouette', 'draw_map']
+           'main_kinds', 'curve', 'overall', 'times_random', 'what_curves_say', 'draw_similarity', 'most_alike',
+           'draw_heatmaps', 'expert_points', 'maps_of', 'silhouettes', 'layer_silhouette', 'what_maps_say', 'draw_map']
 
-# %% ../nbs/11_likeness.ipynb #047fb95f
+# %% ../nbs/11_likeness.ipynb #c0a5b2a4
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .evaluate import load_target
 from .orthogonality import pairwise_cosine, whole
-from .pictures import MAPS, canvas, expert_names, headline, heat, shades
+from .pictures import MAPS, METHODS, canvas, expert_names, headline, heat, shades
 
 # %% ../nbs/11_likeness.ipynb #a30dad43
 def as_model(
@@ -77,9 +77,9 @@ def mean_pair(
     pairs = np.asarray(matrix)[np.triu_indices(len(matrix), 1)]
     return float(pairs.mean()) if len(pairs) else float("nan")
 
-# %% ../nbs/11_likeness.ipynb #e38a7522
+# %% ../nbs/11_likeness.ipynb #5e35a725
 LINES = {"color": ("text", "second", "first", "loss", "router", "frozen"), "style": ("-", "--", ":", "-."), "marker": "osv^DX"}
-MEASURES = {"cosine": "mean |cosine|", "overlap": "subspace overlap"}
+MEASURES = {"cosine": "mean |cosine|", "overlap": "subspace overlap\n(0 to 1)"}
 NAMES = {"down": "A's", "up": "B's"}
 
 
@@ -102,26 +102,33 @@ def curve(
         if f["kind"] == kind and f["side"] == side: by_block.setdefault(f["block"], []).append(mean_pair(f[measure]))
     return [(block, float(np.mean(own))) for block, own in sorted(by_block.items()) if not np.isnan(own).all()]
 
-# %% ../nbs/11_likeness.ipynb #17d2534b
+# %% ../nbs/11_likeness.ipynb #ee04e9b8
 def overall(found: list[dict], side: str, kinds: Iterable[str], measure: str = "cosine") -> float:
     "One number for a side: the mean over its layers; nan where there are no pairs."
     values = [v for kind in kinds for _, v in curve(found, kind, side, measure)]
     return float(np.mean(values)) if values else float("nan")
 
 
+def times_random(found: list[dict], side: str, kinds: Iterable[str]) -> float:
+    "The mean overlap of subspaces, in times of what random experts would have."
+    return float(np.mean([mean_pair(f["overlap"]) / f["random"] for f in found if f["side"] == side and f["kind"] in kinds]))
+
+
 def what_curves_say(all_found: dict[str, list[dict]], kinds: list[str]) -> str:
     "One sentence about one model, or about several."
     means = {side: {n: v for n, f in all_found.items() if (v := overall(f, side, kinds)) == v} for side in NAMES}
     if len(all_found) > 1:
-        parts = [f"{name} most alike in “{max(m, key=m.__getitem__)}” ({max(m.values()):.2f}), least in “{min(m, key=m.__getitem__)}” ({min(m.values()):.2f})"
+        parts = [f"{name} are most alike {max(m, key=m.__getitem__)} ({max(m.values()):.2f}), least {min(m, key=m.__getitem__)} ({min(m.values()):.2f})"
                  for side, name in (("up", "B's"), ("down", "A's")) if len(m := means[side]) > 1]
-        return "; ".join(parts) or "Likeness of experts"
+        return "By |cosine|, " + "; ".join(parts) if parts else "Likeness of experts"
     shown = {side: m for side, own in means.items() for m in own.values()}
     top, where = max((v, f"{NAMES[s]} of block {b} {k}") for s in shown for k in kinds for b, v in curve(next(iter(all_found.values())), k, s, "cosine"))
     words = ", ".join(f"{NAMES[side]} {m:.2f}" for side, m in shown.items())
-    return f"Experts are {'nearly orthogonal' if max(shown.values()) < 0.1 else 'alike'} (mean |cosine| {words}); most alike: {where}, {top:.2f}"
+    shared = " and ".join(f"{times_random(own, side, kinds):.1f} ({NAMES[side]})" for own in all_found.values() for side in shown)
+    return (f"By |cosine| experts are {'nearly orthogonal' if max(shown.values()) < 0.1 else 'alike'} (mean: {words}; most: {where}, {top:.2f}); "
+            f"subspaces overlap {shared} times as much as random ones")
 
-# %% ../nbs/11_likeness.ipynb #e116bbcc
+# %% ../nbs/11_likeness.ipynb #1119bff7
 def draw_similarity(
     models: dict[str, nn.Module | str | Path | list[dict]],  # name -> a model, the folder of a run, or what `likeness` found
     kinds: Iterable[str] | None = None,         # of layers; default: q, k and v
@@ -150,16 +157,17 @@ def _top(found, kinds, measure):
 
 
 def _likeness_panel(ax, found, kind, side, measure, colors):
-    "A line for each model, in the side's own colour if there is only one."
+    "A line for each model, in its method's look if it is named after one; in the side's own colour if there is only one."
     for k, (name, own) in enumerate(found.items()):
         points: list[tuple[float, float]] = [*curve(own, kind, side, measure)]
-        color = colors[side] if len(found) == 1 else colors[LINES["color"][k % 6]]
-        ax.plot(*zip(*points or [(np.nan, np.nan)]), color=color, ls=LINES["style"][k % 4], marker=LINES["marker"][k % 6], label=name if len(found) > 1 else None)
+        color, marker, style = METHODS.get(name, (LINES["color"][k % 6], LINES["marker"][k % 6], LINES["style"][k % 4]))
+        single = " (a single A)" * all(len(f["cosine"]) == 1 for f in own if f["side"] == "down")
+        ax.plot(*zip(*points or [(np.nan, np.nan)]), color=colors[color if len(found) > 1 else side], ls=style, marker=marker, label=name + single if len(found) > 1 else None)
     random = [f["random"] for own in found.values() for f in own if (f["kind"], f["side"]) == (kind, side)]
     if measure == "overlap" and random: ax.axhline(random[0], color=colors["text"], ls=":", lw=1, label="two random subspaces")
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-# %% ../nbs/11_likeness.ipynb #b1568e4d
+# %% ../nbs/11_likeness.ipynb #6cf8027e
 def most_alike(found: list[dict], side: str) -> tuple[float, dict, tuple[int, int]]:
     "The pair of a side with the largest |cosine|: it, its layer, its two experts."
     own = [(f["cosine"] - np.eye(len(f["cosine"])), f) for f in found if f["side"] == side]
@@ -167,7 +175,7 @@ def most_alike(found: list[dict], side: str) -> tuple[float, dict, tuple[int, in
     i, j = sorted(map(int, np.unravel_index(off.argmax(), off.shape)))
     return float(off.max()), layer, (i, j)
 
-# %% ../nbs/11_likeness.ipynb #1c967823
+# %% ../nbs/11_likeness.ipynb #1531e55a
 def draw_heatmaps(
     model: nn.Module,  # with our adapter
 ):                     # a matplotlib Figure; None if it has no two experts on a side
@@ -178,9 +186,9 @@ def draw_heatmaps(
     with canvas(len(tops), 2, 7.2, 1.0 + len(tops) * max(2.2, 0.3 * len(kinds)), width_ratios=[3, 2]) as (figure, axes, colors):
         for (left, right), (side, (top, layer, pair)) in zip(axes, tops.items()):
             _blocks_by_kinds(left, found, side, kinds, max(0.1, top))
-            figure.colorbar(_pairs_table(right, layer, max(0.1, top)), ax=right, label="|cosine|")
+            figure.colorbar(_pairs_table(right, layer, max(0.1, top)), ax=right, label="|cosine|, left and right")
     words = [" and ".join(expert_names(s, j + 1)[k] for k in (i, j)) + f", {top:.2f} (block {f['block']} {f['kind']})" for s, (top, f, (i, j)) in tops.items()]
-    return headline(figure, f"{'Twins' if max(top for top, *_ in tops.values()) > 0.95 else 'Most alike'}: {'; '.join(words)}",
+    return headline(figure, f"{'Twins' if max(top for top, *_ in tops.values()) > 0.95 else 'Most alike'} by |cosine|: {'; '.join(words)}",
                     "Left a field for each kind of layer and block: mean |cosine| of its pairs of experts; right the pairs of the layer with the most alike pair")
 
 
@@ -197,7 +205,8 @@ def _blocks_by_kinds(ax, found, side, kinds, top):
 def _pairs_table(ax, found, top):
     "The pairs of one layer; an expert and itself are no pair."
     count = len(found["cosine"])
-    image, names = heat(ax, np.where(np.eye(count), np.nan, found["cosine"]), MAPS[found["side"]], top), expert_names(found["side"], count)
+    form = "{:.2f}".format if count <= 8 else None
+    image, names = heat(ax, np.where(np.eye(count), np.nan, found["cosine"]), MAPS[found["side"]], top, form=form), expert_names(found["side"], count)
     ax.set_facecolor("#dddddd")
     for k in range(count): ax.text(k, k, "–", ha="center", va="center")
     ax.set(title=f"pairs in block {found['block']} {found['kind']}", xticks=range(count), yticks=range(count))
@@ -234,16 +243,35 @@ def maps_of(
     share = 100 * pca.explained_variance_ratio_.sum()
     return {f"t-SNE, perplexity {perplexity:g}, seed {seed}": tsne.fit_transform(signless), f"PCA, {share:.0f} % of variance": pca.transform(points)}
 
-# %% ../nbs/11_likeness.ipynb #e6a533e1
+# %% ../nbs/11_likeness.ipynb #84ff6101
+def silhouettes(
+    points: np.ndarray,             # unit vectors
+    places: list[tuple[int, str]],  # of each point
+) -> dict[str, float]:              # layer -> -1 to 1, mean over its experts; empty where it has no meaning
+    "Whether the experts of each layer lie together."
+    from sklearn.metrics import silhouette_samples
+    labels = np.array([f"block {block} {kind}" for block, kind in places])
+    if not 1 < len(set(labels)) < len(labels): return {}
+    signless = 1 - np.abs(points @ points.T).clip(0, 1)
+    each = silhouette_samples(signless * (1 - np.eye(len(points))), labels, metric="precomputed")
+    return {layer: float(each[labels == layer].mean()) for layer in dict.fromkeys(labels.tolist())}
+
+
 def layer_silhouette(
     points: np.ndarray,             # unit vectors
     places: list[tuple[int, str]],  # of each point
 ) -> float:                         # -1 to 1; nan where it has no meaning
-    "Whether the experts of a layer lie together."
-    from sklearn.metrics import silhouette_score
-    labels = [f"{block} {kind}" for block, kind in places]
-    if not 1 < len(set(labels)) < len(labels): return float("nan")
-    return float(silhouette_score(1 - np.abs(points @ points.T).clip(0, 1) * (1 - np.eye(len(points))) - np.eye(len(points)), labels, metric="precomputed"))
+    "Whether the experts of a layer lie together, over all layers."
+    return float(np.mean([*silhouettes(points, places).values()] or [np.nan]))
+
+
+def what_maps_say(
+    scores: dict[str, dict[str, float]],  # side -> what `silhouettes` gives
+) -> str:
+    "One sentence: the mean silhouette of each side, and the layer whose experts lie together most."
+    means = {side: np.mean([*own.values()] or [np.nan]) for side, own in scores.items()}
+    words = ", ".join(f"{NAMES[side]} {means[side]:.2f}" + f" (most: {max(own, key=own.__getitem__)}, {max(own.values()):.2f})" * bool(own) for side, own in scores.items())
+    return f"Experts of a layer {'lie together' if max(means.values()) > 0.25 else 'do not lie together on the whole'}: silhouette of {words}; 1 would be heaps of their own"
 
 
 def draw_map(
@@ -255,14 +283,15 @@ def draw_map(
     sides = {side: expert_points(model, side, kinds) for side in ("down", "up")}
     sides = {side: found for side, found in sides.items() if len(found[1]) >= 5}
     if not sides: return None
-    scores = {side: layer_silhouette(*found) for side, found in sides.items()}
+    scores = {side: silhouettes(*found) for side, found in sides.items()}
     with canvas(len(sides), 2, 7.2, 0.9 + 2.7 * len(sides)) as (figure, axes, colors):
         for line, (side, (points, places)) in zip(axes, sides.items()):
             for ax, (how, flat) in zip(line, maps_of(points, seed).items()): _scatter(ax, flat, places, colors[side], f"{NAMES[side]}: {how}")
         blocks = sorted({block for _, places in sides.values() for block, _ in places})
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title=f"every point an expert; light: block {blocks[0]}, dark: block {blocks[-1]}")
-    words = ", ".join(f"{NAMES[side]} {score:.2f}" for side, score in scores.items())
-    return headline(figure, f"Experts of a layer {'lie together' if max(scores.values()) > 0.25 else 'do not lie together'}: silhouette {words} (1: apart from other layers)",
+        shown = dict(zip(blocks, shades(colors["frozen"], len(blocks))))
+        for block in blocks if len(blocks) <= 6 else (blocks[0], blocks[len(blocks) // 2], blocks[-1]): axes[0, 0].scatter([], [], color=shown[block], label=f"block {block}")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, title="every point an expert; light to dark: the first block to the last")
+    return headline(figure, what_maps_say(scores),
                     "Every point is an expert; its shade is its block, the marker the kind of layer; left a t-SNE map, right a PCA of the same points")
 
 
@@ -272,5 +301,6 @@ def _scatter(ax, flat, places, color, title):
     tints = dict(zip(blocks, shades(color, len(blocks))))
     for kind, marker in zip(kinds, LINES["marker"]):
         own = [i for i, place in enumerate(places) if place[1] == kind]
-        ax.scatter(*flat[own].T, c=[tints[places[i][0]] for i in own], marker=marker, s=26, edgecolors="black", linewidths=0.4, label=kind)
+        ax.scatter(*flat[own].T, c=[tints[places[i][0]] for i in own], marker=marker, s=26, edgecolors="black", linewidths=0.4)
+        ax.scatter([], [], color="none", marker=marker, edgecolors="black", label=kind)
     ax.set(title=title, xticks=[], yticks=[], xlabel="first axis, no unit", ylabel="second axis")

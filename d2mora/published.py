@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_official_key', 'check_shapes', 'check_tensors', 'stack_experts', 'convert_official_checkpoint']
 
-# %% ../nbs/07b_published.ipynb #a7e4c6f2
+# %% ../nbs/07b_published.ipynb #d6166b3c
 import re
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .tuner import D2MoraConfig
 
-# %% ../nbs/07b_published.ipynb #e4d45d2f
+# %% ../nbs/07b_published.ipynb #805e3abc
 def parse_official_key(
     key: str,  # such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.2.weight
 ) -> tuple[str, str, int] | None:  # (module, "A", "B", "route1" or "route2", expert), None for other keys
@@ -25,7 +25,7 @@ def parse_official_key(
         raise ValueError(f"{key} is no published name: …lora_A.0.weight, …lora_B.0.weight, …lora_route1.weight and …lora_route2.weight are")
     return (module, found[1] or found[3], int(found[2] or 0)) if mark and found else None
 
-# %% ../nbs/07b_published.ipynb #11e78061
+# %% ../nbs/07b_published.ipynb #2616dbf5
 def check_shapes(
     module: str,               # name of the layer, for messages
     parts: dict[tuple, Tensor],  # published tensors by (kind, expert)
@@ -54,7 +54,7 @@ def check_tensors(
             what = "NaN or infinity" if tensor.is_floating_point() and tensor.dim() == 2 else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise ValueError(f"{key} holds {what}, not a matrix of finite fractions: take an earlier or another checkpoint")
 
-# %% ../nbs/07b_published.ipynb #stackcd1
+# %% ../nbs/07b_published.ipynb #36079192
 def stack_experts(
     module: str,               # name of the layer, for messages
     parts: dict[tuple, Tensor],  # published tensors by (kind, expert)
@@ -73,7 +73,7 @@ def stack_experts(
         "d2mora_router_up": parts["route2", 0],
     }
 
-# %% ../nbs/07b_published.ipynb #3613fdab
+# %% ../nbs/07b_published.ipynb #c12db527
 def convert_official_checkpoint(
     state_dict: dict[str, Tensor],  # the published `best_model.pth`, `adapter_model.bin` or `model.safetensors`
     lora_alpha: float,              # not in the file: 32 in the published script

@@ -113,7 +113,7 @@ def short(layer: str) -> str:
     "`base_model.model.model.layers.2.self_attn.q_proj` as `block 2 q_proj`."
     return "block {} {}".format(*place_of(layer))
 
-# %% ../nbs/11b_routing.ipynb #7b86ce52
+# %% ../nbs/11b_routing.ipynb #d0a1567a
 def draw_routers(
     routing: dict[str, dict[str, Tensor]],  # from `routing_by_task`
     tasks: list[str],                       # names of its rows
@@ -125,12 +125,13 @@ def draw_routers(
     with canvas(1, len(sides) + 1, 9, 3.6, width_ratios=[*(w + 3 for w in widths), 6]) as (figure, (axes,), colors):
         for ax, side, style in zip(axes, sides, ("o-", "s--")):
             layer = max(spread[side], key=spread[side].__getitem__)
-            _task_table(ax, 100 * routing[layer][side], tasks if side == sides[0] else [""] * len(tasks), side, f"{SIDES[side]}: weights in %\n{short(layer)}")
-            axes[-1].plot(list(spread[side].values()), style, color=colors[side], label=SIDES[side])
-        axes[-1].set(title="distance of a task from the mean,\nevery adapted layer", xlabel="adapted layer, first to last", ylabel="0: tasks alike, 1: disjoint", ylim=(0, None))
+            _task_table(ax, 100 * routing[layer][side], tasks if side == sides[0] else [""] * len(tasks), side, f"{SIDES[side]}, weights in %\n{short(layer)}")
+            axes[-1].plot([100 * v for v in spread[side].values()], style, color=colors[side], label=SIDES[side])
+        axes[-1].set(title="weight that moves\nwith the task", xlabel="adapted layer, first to last", ylabel="% of the weight", ylim=(0, None))
         axes[-1].legend()
-    top = max(max(own.values()) for own in spread.values())
-    return headline(figure, f"Routers {'hardly tell the tasks apart' if top < 0.05 else 'tell the tasks apart'}: at most {100 * top:.0f} % of the weight moves from task to task",
+    (top, where), least = max((v, layer) for own in spread.values() for layer, v in own.items()), min(min(own.values()) for own in spread.values())
+    much = "hardly depends" if top < 0.05 else "depends little" if top < 0.2 else "depends"
+    return headline(figure, f"Routing {much} on the task: by layer {100 * least:.1f} to {100 * top:.0f} % of the weight moves with it, most in {short(where)}",
                     f"Tables of mean weights, tasks by experts, of the layer where tasks differ most; right a curve over all layers; tasks: {', '.join(tasks)}")
 
 
@@ -140,7 +141,7 @@ def _task_table(ax, percent, tasks, side, title):
     ax.set(title=title, xticks=range(percent.shape[1]), yticks=range(len(tasks)))
     ax.set_xticklabels(expert_names(side, percent.shape[1])), ax.set_yticklabels(tasks)
 
-# %% ../nbs/11b_routing.ipynb #98525600
+# %% ../nbs/11b_routing.ipynb #1e00e825
 def some(layers: Iterable[str], blocks: int = 4) -> list[str]:
     "Layers of the main kinds in a few blocks, evenly spaced, the first and the last among them."
     layers = list(layers)
@@ -157,18 +158,19 @@ def draw_layers(
     sides, layers = sides_of(routing), some(routing)
     shares = {side: torch.cat([own[side] * own[side].shape[1] for n in layers if side in (own := routing[n])], 1) for side in sides}
     top, low = max(share.max().item() for share in shares.values()), min(share.min().item() for share in shares.values())
+    far = max(0.25, top - 1, 1 - low)
     with canvas(len(sides), 1, 9, 0.9 + 2.1 * len(sides)) as (figure, axes, colors):
         for (ax,), side in zip(axes, sides):
             experts = shares[side].shape[1] // len(layers)
-            figure.colorbar(heat(ax, shares[side], MAPS[side], max(1.5, top), min(0.5, low)), ax=ax, label="times an equal share", pad=0.01)
+            figure.colorbar(heat(ax, shares[side], MAPS["change"], 1 + far, 1 - far), ax=ax, label="times an equal share\n(white: 1)", pad=0.01)
             for k in range(1, len(layers)): ax.axvline(k * experts - 0.5, color=colors["text"], lw=0.8)
             names = expert_names(side, experts)
-            ax.set(title=f"{SIDES[side]}: within a layer {names[0]} to {names[-1]}", yticks=range(len(tasks)), xticks=[k * experts + (experts - 1) / 2 for k in range(len(layers))])
+            ax.set(title=f"{SIDES[side]}: within a layer {names[0]} to {names[-1]}, left to right", yticks=range(len(tasks)), xticks=[k * experts + (experts - 1) / 2 for k in range(len(layers))])
             ax.set_yticklabels(tasks), ax.set_xticklabels(["{}\n{}".format(place_of(n)[0], place_of(n)[1].removesuffix("_proj")) for n in layers], size=8), ax.set_xlabel("block and kind of layer")
-    return headline(figure, f"An expert gets {low:.1f} to {top:.1f} times an equal share of a task's tokens, in these layers",
+    return headline(figure, f"An expert gets {low:.1f} to {top:.1f} times an equal share of a task's tokens in the {len(layers)} layers shown",
                     "A field for each task, layer and expert: mean weight in times of an equal share; tasks down, layers and their experts across")
 
-# %% ../nbs/11b_routing.ipynb #9a62263a
+# %% ../nbs/11b_routing.ipynb #b0935dbb
 def draw_effective(
     routing: dict[str, dict[str, Tensor]],  # from `routing_by_task`
 ):                                          # a matplotlib Figure
@@ -179,13 +181,13 @@ def draw_effective(
             own = [o for o in routing.values() if side in o]
             count = own[0][side].shape[1]
             each, mean = [o[f"each_{side}"].mean().item() for o in own], [effective_number(o[side].mean(0)).item() for o in own]
-            ax.plot(mean, "s--", color=colors["router"], label="mean over tokens"), ax.plot(each, "o-", color=colors[side], label="a token")
-            ax.axhline(count, color=colors["frozen"], ls=":"), ax.text(0.5, count, f"all {count}", color=colors["text"], va="bottom", size=8)
-            ax.set(title=SIDES[side], xlabel="adapted layer, first to last", ylabel="effective number of experts", ylim=(0.9, count * 1.12)), ax.legend(loc="lower left")
-            words.append(f"{np.mean(each):.1f} of {count} {SIDES[side].split()[0]}")
-    return headline(figure, f"A token uses {' and '.join(words)}", "Curves over the adapted layers, one panel for each side: exponential of the entropy of a token's weights and of the mean weights")
+            ax.plot(mean, "s--", color=colors["router"], label="of the mix of all tokens together"), ax.plot(each, "o-", color=colors[side], label="of a token's own mix, mean over tokens")
+            ax.axhline(count, color=colors["frozen"], ls=":"), ax.text(0, count * 1.05, f"dotted: all {count}", color=colors["text"], va="bottom", size=8)
+            ax.set(title=SIDES[side], xlabel="adapted layer, first to last", ylabel="effective number of experts", ylim=(0, count * 1.2)), ax.legend(loc="lower left")
+            words.append(f"{np.mean(each):.1f} of {count} {SIDES[side].split()[0]} (least in a layer: {min(each):.1f})")
+    return headline(figure, f"A token uses on average {' and '.join(words)}", "Curves over the adapted layers, one panel for each side: exponential of the entropy of a token's weights and of the mean weights")
 
-# %% ../nbs/11b_routing.ipynb #44251d73
+# %% ../nbs/11b_routing.ipynb #2c1969dd
 def surprise(
     weights: Tensor,  # (M, N), from `meetings`
 ) -> Tensor:          # (M, N): 1 where A and B meet as often as independent routers would have them
@@ -206,9 +208,10 @@ def draw_meetings(
         for (ax,), layer in zip(axes, shown):
             i, j = divmod(int((surprise(means[layer]) - 1).abs().argmax()), N)
             heat(ax, 100 * means[layer], MAPS["router"], top, form="{:.1f}".format)
-            ax.add_patch(_frame(i, j, colors["text"])), ax.set_title(f"{short(layer)}: A{i + 1} meets B{j + 1} {surprise(means[layer])[i, j]:.2f} times as often as by independence")
+            ax.add_patch(_frame(i, j, colors["text"])), ax.set_title(f"{short(layer)}, % of the weight; framed: A{i + 1} with B{j + 1} has {surprise(means[layer])[i, j]:.2f} times A{i + 1}'s share × B{j + 1}'s share")
             ax.set(xticks=range(N), yticks=range(M)), ax.set_xticklabels(expert_names("up", N)), ax.set_yticklabels(expert_names("down", M))
-    return headline(figure, f"Every A meets every B: no pair has less than {100 * min(w.min().item() for w in means.values()):.1f} % of the weight, none more than {top:.1f} % (equal: {100 / M / N:.1f} %)",
+    least, equal = 100 * min(w.min().item() for w in means.values()), 100 / M / N
+    return headline(figure, f"{'Every A meets every B' if least > equal / 10 else 'Some pairs hardly meet'}: over all layers a pair has {least:.1f} to {top:.1f} % of the weight (an equal share: {equal:.1f} %)",
                     "Tables of A's by B's, percent of all weight, for the three layers where the two routers depend on each other most; a frame marks the pair that departs most from independence")
 
 
@@ -231,7 +234,7 @@ def token_map(
     layers = {short(n): {side: (100 * w).round().int().tolist() for side, w in own.items()} for n, own in weights.items()}
     return {"tokens": [tokenizer.decode([i]) for i in ids], "layers": layers, "shown": short(max(changes, key=changes.__getitem__)) if changes else None}
 
-# %% ../nbs/11b_routing.ipynb #cb041241
+# %% ../nbs/11b_routing.ipynb #7775d10e
 def draw_tokens(
     found: dict,               # from `token_map`
     layer: str | None = None,  # such as "block 1 q_proj"; default: the one whose leaders change most
@@ -246,7 +249,7 @@ def draw_tokens(
             _tokens_panel(ax, tokens, lines, lead, shades(colors[side], len(sides[side][0])))
             ax.set_title(f"leading {'A' if side == 'down' else 'B'} of each token")
     words = ", ".join(f"{len(set(lead))} of {len(sides[side][0])} {'A' if side == 'down' else 'B'}'s" for side, lead in leaders.items())
-    return headline(figure, f"{layer}: {words} lead at some token", f"The text {' '.join(tokens)!r}, each token in the colour and with the number of its leading expert")
+    return headline(figure, f"{layer}: {words} lead at some token (number: the expert with the largest weight)", f"The text {' '.join(tokens)!r}, each token in the colour and with the number of its leading expert")
 
 # %% ../nbs/11b_routing.ipynb #572709ef
 def _lines(tokens, width):
@@ -272,7 +275,7 @@ def _tokens_panel(ax, tokens, lines, lead, tints):
             x += width + 0.4
     ax.set(xlim=(0, 95), ylim=(len(lines) - 0.4, -0.6)), ax.set_axis_off()
 
-# %% ../nbs/11b_routing.ipynb #a7db739a
+# %% ../nbs/11b_routing.ipynb #a1cfed96
 def router_page(
     found: dict,  # from `token_map`
 ) -> str:         # HTML, self-contained

@@ -7,12 +7,12 @@ __all__ = ['paired_interval', 'told_apart', 'by_method', 'against', 'points', 'c
            'single_table', 'spread', 'alike_table', 'held_out_table', 'comparison_report', 'what_is_seen',
            'draw_comparison']
 
-# %% ../nbs/12a_verdicts.ipynb #92bd7b85
+# %% ../nbs/12a_verdicts.ipynb #6a170306
 import math
 from collections.abc import Mapping
 from statistics import mean, stdev
 
-from .pictures import canvas, headline
+from .pictures import METHODS, canvas, headline
 from .report import mean_std, percent, seeds_table, text_table
 
 # %% ../nbs/12a_verdicts.ipynb #1fcc73ba
@@ -125,14 +125,16 @@ def comparison_report(
     if any(r["alike"] for r in result["runs"]): parts += ["## How alike the experts are (mean |cosine|)", alike_table(result)]
     return "\n\n".join(parts)
 
-# %% ../nbs/12a_verdicts.ipynb #fefe6740
+# %% ../nbs/12a_verdicts.ipynb #a349a896
 def what_is_seen(values: dict[str, list[float]]) -> str:
     "The finding as a sentence: whether the method with the best mean is told apart from the others."
     best = max(values, key=lambda m: mean(values[m]))
     beaten = [m for m, i in against(values, best).items() if i[2] < 0]
     even = [m for m in values if m not in (best, *beaten)]
-    if not beaten: return f"{best} has the best mean, but is not told apart from any other method"
-    return f"{best} has the best mean; told apart from {', '.join(beaten)}" + (f", not from {', '.join(even)}" if even else "")
+    worst = min(values, key=lambda m: mean(values[m]))
+    ends = f"{best} has the highest mean ({percent(mean(values[best]))} %), {worst} the lowest ({percent(mean(values[worst]))} %)"
+    if not beaten: return f"{ends}, but no method is told apart from {best}"
+    return f"{ends}; {best} told apart from {', '.join(beaten)}" + (f", not from {', '.join(even)}" if even else "")
 
 def draw_comparison(
     result: dict,                   # from `compare`
@@ -141,14 +143,22 @@ def draw_comparison(
     "A point a run, the mean of each method with Student's interval, and chance."
     protocol = protocol or next(iter(result["runs"][0]["grades"]))
     values, tasks = by_method(result["runs"], protocol), result["runs"][0]["grades"][protocol]["tasks"].values()
-    with canvas(width=7.2, height=0.9 + 0.42 * len(values)) as (figure, ((ax,),), colors):
+    with canvas(width=7.2, height=1.3 + 0.42 * len(values)) as (figure, ((ax,),), colors):
         for place, (method, own) in enumerate(values.items()):
-            color = colors["up"] if method.startswith("d2mora") else colors["text"]
-            ax.plot([100 * v for v in own], [place] * len(own), "o", color=color, ms=4, alpha=0.5)
+            name, marker, _ = METHODS.get(method, ("text", "o", "-"))
+            ax.plot([100 * v for v in own], [place] * len(own), marker, color=colors[name], ms=5, alpha=0.6)
             middle, low, high = paired_interval(own, [0.0] * len(own))
-            if len(own) > 1: ax.plot([100 * max(low, 0), 100 * min(high, 1)], [place + 0.22] * 2, color=color)
-            ax.plot(100 * middle, place + 0.22, "|", ms=11, mew=2, color=color)
+            if len(own) > 1: ax.plot([100 * max(low, 0), 100 * min(high, 1)], [place + 0.25] * 2, color=colors["text"])
+            ax.plot(100 * middle, place + 0.25, "|", ms=9, mew=2, color=colors["text"])
         chance = 100 * mean(t["chance"] for t in tasks)
-        ax.axvline(chance, color=colors["frozen"], ls=":"), ax.text(chance, -0.75, "chance", color=colors["frozen"], size=8, ha="center")
-        ax.set(yticks=range(len(values)), yticklabels=list(values), ylim=(len(values) - 0.4, -0.9), xlabel=f"average accuracy over tasks (%), protocol {protocol}")
-    return headline(figure, what_is_seen(values), "A point is one run; below it the method's mean with Student's 95 % interval over seeds")
+        ax.axvline(chance, color=colors["frozen"], ls=":"), ax.text(chance, -0.7, " chance", color=colors["text"], size=8)
+        ax.set(yticks=range(len(values)), yticklabels=list(values), ylim=(len(values) - 0.4, -1.1), xlabel=f"average accuracy over tasks (%), graded by protocol “{protocol}”")
+        _key(figure, colors)
+    return headline(figure, what_is_seen(values), "A mark is one run; below it the method's mean with Student's 95 % interval over seeds")
+
+
+def _key(figure, colors):
+    "What the marks are."
+    from matplotlib.lines import Line2D
+    marks: dict[str, dict] = {"a seed's run": dict(marker="o", ls=""), "mean": dict(marker="|", ls="", ms=9, mew=2), "95 % interval of the mean, over seeds": {}}
+    figure.legend([Line2D([], [], color=colors["text"], **look) for look in marks.values()], list(marks), loc="outside lower center", ncols=3)

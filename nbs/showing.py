@@ -28,13 +28,13 @@ def shows_error(call, *parts, kind=ValueError):
         raise AssertionError("no error")
 
 
-def show(figure, dpi=80):
-    "A figure that pyplot does not know of, as a small PNG of 64 colours."
+def show(figure, dpi=80, colors=128):
+    "A figure that pyplot does not know of, as a small PNG: so many colours, chosen so that none is far from its own."
     import io
 
     from IPython.display import Image
     from PIL import Image as Picture
 
     figure.savefig(drawn := io.BytesIO(), format="png", dpi=dpi)
-    Picture.open(drawn).convert("RGB").quantize(64, dither=Picture.Dither.NONE).save(small := io.BytesIO(), format="png", optimize=True)
+    Picture.open(drawn).convert("RGB").quantize(colors, Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE).save(small := io.BytesIO(), format="png", optimize=True)
     return Image(small.getvalue())
