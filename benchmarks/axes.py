@@ -2,10 +2,9 @@
 
     python benchmarks/axes.py nbs/results/axes-toy.json --runs runs/axes
 
-Each field is a whole run of the recipe `demo` with one thing changed, cut to STEPS steps, with one seed: one field alone proves
-nothing, a trend over a row or column may. `lora_alpha / r` is the recipe's everywhere. In the second table the rank is the one
-that brings the parameters nearest to the recipe's. Every run keeps a folder of its own under --runs: finished ones are read, an
-interrupted measurement goes on. --table takes one of the two.
+Each field is the recipe `demo` with one thing changed, cut to STEPS steps, run once for each of SEEDS. `lora_alpha / r` is the
+recipe's everywhere. In the second table the rank is the one that brings the parameters nearest to the recipe's. Every run keeps a
+folder of its own under --runs: finished ones are read, an interrupted measurement goes on. --table takes one of the two.
 """
 import argparse
 import json
@@ -18,7 +17,7 @@ from d2mora.compare import about_comparison, one_run, varied
 from d2mora.recipe import Recipe, load_recipe
 from d2mora.runs import read_metrics, write_text
 
-STEPS, SEED, LIMIT = 200, 0, 100  # LIMIT: test rows a task
+STEPS, SEEDS, LIMIT = 200, (0, 1, 2), 100  # LIMIT: test rows a task
 WEIGHTS, RANKS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2), (1, 3, 6)
 DOWN, UP = (1, 2, 4), (1, 2, 4, 8)
 PLATEAU = 0.15  # nats per graded token: runs stay near 0.19 until they have found how the tasks are put
@@ -37,12 +36,19 @@ def fields(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
     return {"weight-rank": [(f"weight-{w:g}-r-{r}", resized(recipe, r, orthogonality_weight=w)) for w in WEIGHTS for r in RANKS],
             "down-up": [(f"down-{M}-up-{N}", at_budget(recipe, M, N)) for M in DOWN for N in UP]}
 
+def left_plateau(folder: Path) -> int | None:
+    "The first logged step whose loss is below the plateau."
+    return next((line["step"] for line in read_metrics(folder) if line.get("loss", PLATEAU) < PLATEAU), None)
+
 def measured(recipe: Recipe, adapter: dict, folder: Path) -> dict:
-    "One field: what it is, what it reached, how alike its experts are, and the first logged step off the plateau."
-    run, logged = one_run(varied(recipe, adapter), folder, limit=LIMIT), [line for line in read_metrics(folder) if "loss" in line]
-    kept = {k: adapter[k] for k in ("r", "num_down_experts", "num_up_experts", "orthogonality_weight")}
-    return kept | {"parameters": run["parameters"], "average": run["grades"]["choice"]["average"], "alike": run["alike"],
-                   "left_plateau": next((line["step"] for line in logged if line["loss"] < PLATEAU), None)}
+    "One field: what it is, and for each seed what it reached, how alike its experts are, and when it left the plateau."
+    kept = {k: adapter[k] for k in ("r", "num_down_experts", "num_up_experts", "orthogonality_weight")} | {"runs": []}
+    for seed in SEEDS:
+        own = folder / f"seed-{seed}"
+        run = one_run(varied(recipe, adapter, seed=seed), own, limit=LIMIT)
+        kept["parameters"] = run["parameters"]
+        kept["runs"].append({"seed": seed, "average": run["grades"]["choice"]["average"], "alike": run["alike"], "left_plateau": left_plateau(own)})
+    return kept
 
 def main():
     "Command line."
@@ -52,7 +58,7 @@ def main():
     parser.add_argument("--table", choices=("weight-rank", "down-up"))
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    recipe = load_recipe("demo", {"training.max_steps": STEPS, "training.seed": SEED, "training.disable_tqdm": True})
+    recipe = load_recipe("demo", {"training.max_steps": STEPS, "training.disable_tqdm": True})
     kept = json.loads(args.output.read_text())["tables"] if args.output.is_file() else {}
     for table, own in fields(recipe).items():
         if args.table not in (None, table): continue
@@ -60,7 +66,8 @@ def main():
             kept.setdefault(table, {})[name] = found = measured(recipe, adapter, args.runs / name)
             about = about_comparison(recipe, "equal", LIMIT) | {"command": f"python benchmarks/axes.py {args.output}", "plateau": PLATEAU}
             write_text(args.output, json.dumps(about | {"tables": kept}, indent=1) + "\n")
-            print(f"{table} {number} of {len(own)}: {name}: {100 * found['average']:.1f}, off the plateau at step {found['left_plateau']}", flush=True)
+            runs = ", ".join(f"{100 * run['average']:.1f} (off the plateau at step {run['left_plateau']})" for run in found["runs"])
+            print(f"{table} {number} of {len(own)}: {name}: {runs}", flush=True)
 
 if __name__ == "__main__":
     main()

@@ -2,20 +2,21 @@
 
     python benchmarks/neighbours.py nbs/results/neighbours-toy.json
 
-The pairings are read from the notebook: its cells that say so are run here. Each idea is trained once, with one seed, as the fields of
-axes.py are: the recipe `demo`, cut to the same steps, graded on as many rows. Nothing was tuned for any of them. Finished ones stand in
-the output file and are not trained again.
+The pairings are read from the notebook: its cells that say so are run here. Each idea is trained as the fields of axes.py are: the
+recipe `demo`, cut to the same steps, with the same seeds, graded on as many rows. Nothing was tuned for any of them. Finished runs
+stand in the output file and are not trained again.
 """
 import argparse
 import json
 import tempfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import nbformat
 import torch
 import transformers
-from axes import LIMIT, PLATEAU, SEED, STEPS
+from axes import LIMIT, PLATEAU, SEEDS, STEPS, left_plateau
 from torch import Tensor
 
 from d2mora.compare import about_comparison, varied
@@ -25,7 +26,7 @@ from d2mora.many_to_many import mix_down
 from d2mora.protocols import grade_rows
 from d2mora.recipe import load_base, load_recipe
 from d2mora.routers import many_to_many
-from d2mora.runs import read_metrics, write_text
+from d2mora.runs import write_text
 from d2mora.shared_a import mix_up, one_to_many, one_to_one
 from d2mora.train import train
 from d2mora.tuner import PAIRINGS
@@ -49,19 +50,19 @@ class Hand(transformers.TrainerCallback):
         self.model = model
         with torch.no_grad(): self.besides(model)
 
-def measured(recipe, name: str, given: dict) -> dict:
-    "Train one idea and grade it in memory: an adapter with a pairing of a notebook can be loaded nowhere else."
+def measured(recipe, name: str, given: dict, seed: int) -> dict:
+    "Train one idea once and grade it in memory: an adapter with a pairing of a notebook can be loaded nowhere else."
     _, M, N, r = given["IDEAS"][name]
     adapter = recipe.adapter | dict(pairing=name, num_down_experts=M, num_up_experts=N, r=r, lora_alpha=r * recipe.adapter["lora_alpha"] / recipe.adapter["r"],
                                     orthogonality_weight=0.0) | given["FIELDS"].get(name, {})
     hand = Hand(given["BESIDES"].get(name, lambda model: None))
     with tempfile.TemporaryDirectory() as folder:
-        logged = [line for line in read_metrics(train(varied(recipe, adapter), Path(folder) / "run", [hand])) if "loss" in line]
+        left = left_plateau(train(varied(recipe, adapter, seed=seed), Path(folder) / "run", [hand]))
     model, tokenizer = hand.model.eval(), load_base(recipe.base)[1]
     right = {task: [g["right"] for g in grade_rows(model, tokenizer, task, rows)] for task, rows in test_rows(data_path(recipe.data), None, LIMIT).items()}
     tasks = {task: sum(own) / len(own) for task, own in right.items()}
-    return {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "average": sum(tasks.values()) / len(tasks), "tasks": tasks,
-            "left_plateau": next((line["step"] for line in logged if line["loss"] < PLATEAU), None)}
+    return {"seed": seed, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "average": sum(tasks.values()) / len(tasks), "tasks": tasks, "left_plateau": left}
 
 def main():
     "Command line."
@@ -69,13 +70,14 @@ def main():
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    recipe, given = load_recipe("demo", {"training.max_steps": STEPS, "training.seed": SEED, "training.disable_tqdm": True}), ideas()
+    recipe, given = load_recipe("demo", {"training.max_steps": STEPS, "training.disable_tqdm": True}), ideas()
     found = json.loads(args.output.read_text())["ideas"] if args.output.is_file() else {}
-    for name in given["IDEAS"]:
-        if name not in found: found[name] = measured(recipe, name, given)
+    for seed, name in product(SEEDS, given["IDEAS"]):
+        runs = found.setdefault(name, [])
+        if seed not in [run["seed"] for run in runs]: runs.append(measured(recipe, name, given, seed))
         about = about_comparison(recipe, "equal", LIMIT) | {"command": f"python benchmarks/neighbours.py {args.output}", "plateau": PLATEAU}
         write_text(args.output, json.dumps(about | {"ideas": found}, indent=1) + "\n")
-        print(f"{name}: {100 * found[name]['average']:.1f}, off the plateau at step {found[name]['left_plateau']}", flush=True)
+        print(f"{name}, seed {seed}: {100 * runs[-1]['average']:.1f}, off the plateau at step {runs[-1]['left_plateau']}", flush=True)
 
 if __name__ == "__main__":
     main()
