@@ -118,7 +118,7 @@ def means_of(
     "Each task's mean routing weights."
     return {task: {layer: {side: own[side][t] for side in ("down", "up") if side in own} for layer, own in routing.items()} for t, task in enumerate(tasks)}
 
-# %% ../nbs/11c_ablations.ipynb #859fb3ea
+# %% ../nbs/11c_ablations.ipynb #112e997b
 def draw_ablations(
     found: dict[str, dict[str, dict]],  # from `ablate`
 ):                                      # a matplotlib Figure
@@ -148,6 +148,6 @@ def _most_missed(found, names, tasks):
     means = {name: sum(found[name][t]["change"] for t in tasks) / len(tasks) for name in names}
     cut = {n.removeprefix("without "): m for n, m in means.items() if n.startswith("without")}
     most, idle = min(cut, key=cut.__getitem__, default=None), [n for n, m in cut.items() if points(m) == "0"]
-    spared = f"; {', '.join(idle) if len(idle) < 4 else f'{len(idle)} of {len(cut)} experts'} not missed alone (0)" if idle else ""
+    spared = f"; {', '.join(idle) if len(idle) < 4 else f'{len(idle)} of {len(cut)} experts'} not missed alone (under half a point)" if idle else ""
     parts = [f"Most missed is {most} ({points(cut[most])} points of accuracy){spared}"] if cut else []
     return "; ".join(parts + [f"{name} {points(means[name])}" for name in ("uniform routers", "one mix per task") if name in means])

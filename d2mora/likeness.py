@@ -102,7 +102,7 @@ def curve(
         if f["kind"] == kind and f["side"] == side: by_block.setdefault(f["block"], []).append(mean_pair(f[measure]))
     return [(block, float(np.mean(own))) for block, own in sorted(by_block.items()) if not np.isnan(own).all()]
 
-# %% ../nbs/11_likeness.ipynb #ee04e9b8
+# %% ../nbs/11_likeness.ipynb #c7f3a011
 def overall(found: list[dict], side: str, kinds: Iterable[str], measure: str = "cosine") -> float:
     "One number for a side: the mean over its layers; nan where there are no pairs."
     values = [v for kind in kinds for _, v in curve(found, kind, side, measure)]
@@ -118,17 +118,17 @@ def what_curves_say(all_found: dict[str, list[dict]], kinds: list[str]) -> str:
     "One sentence about one model, or about several."
     means = {side: {n: v for n, f in all_found.items() if (v := overall(f, side, kinds)) == v} for side in NAMES}
     if len(all_found) > 1:
-        parts = [f"{name} are most alike {max(m, key=m.__getitem__)} ({max(m.values()):.2f}), least {min(m, key=m.__getitem__)} ({min(m.values()):.2f})"
+        parts = [f"{name} are most alike in {max(m, key=m.__getitem__)} ({max(m.values()):.2f}), least in {min(m, key=m.__getitem__)} ({min(m.values()):.2f})"
                  for side, name in (("up", "B's"), ("down", "A's")) if len(m := means[side]) > 1]
         return "By |cosine|, " + "; ".join(parts) if parts else "Likeness of experts"
     shown = {side: m for side, own in means.items() for m in own.values()}
     top, where = max((v, f"{NAMES[s]} of block {b} {k}") for s in shown for k in kinds for b, v in curve(next(iter(all_found.values())), k, s, "cosine"))
     words = ", ".join(f"{NAMES[side]} {m:.2f}" for side, m in shown.items())
     shared = " and ".join(f"{times_random(own, side, kinds):.1f} ({NAMES[side]})" for own in all_found.values() for side in shown)
-    return (f"By |cosine| experts are {'nearly orthogonal' if max(shown.values()) < 0.1 else 'alike'} (mean: {words}; most: {where}, {top:.2f}); "
+    return (f"By |cosine| experts of {', '.join(kinds)} are {'nearly orthogonal' if max(shown.values()) < 0.1 else 'alike'} (mean: {words}; most: {where}, {top:.2f}); "
             f"subspaces overlap {shared} times as much as random ones")
 
-# %% ../nbs/11_likeness.ipynb #1119bff7
+# %% ../nbs/11_likeness.ipynb #55e62365
 def draw_similarity(
     models: dict[str, nn.Module | str | Path | list[dict]],  # name -> a model, the folder of a run, or what `likeness` found
     kinds: Iterable[str] | None = None,         # of layers; default: q, k and v
@@ -142,7 +142,7 @@ def draw_similarity(
     with canvas(4, len(kinds), 7.2, 7.0, sharex=True, sharey="row") as (figure, axes, colors):
         for (side, measure), line in zip(rows, axes):
             for ax, kind in zip(line, kinds): _likeness_panel(ax, found, kind, side, measure, colors)
-            line[0].set(ylabel=f"{NAMES[side]}\n{MEASURES[measure]}", ylim=(0, _top(found, kinds, measure)))
+            line[0].set(ylabel=f"{NAMES[side]}\n{MEASURES[measure]}", ylim=(-0.04 * (top := _top(found, kinds, measure)), top))
         for ax, kind in zip(axes[0], kinds): ax.set_title(kind)
         for ax in axes[-1]: ax.set_xlabel("block, first to last")
         figure.legend(*axes[-1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -243,7 +243,7 @@ def maps_of(
     share = 100 * pca.explained_variance_ratio_.sum()
     return {f"t-SNE, perplexity {perplexity:g}, seed {seed}": tsne.fit_transform(signless), f"PCA, {share:.0f} % of variance": pca.transform(points)}
 
-# %% ../nbs/11_likeness.ipynb #84ff6101
+# %% ../nbs/11_likeness.ipynb #b172f545
 def silhouettes(
     points: np.ndarray,             # unit vectors
     places: list[tuple[int, str]],  # of each point
@@ -271,7 +271,7 @@ def what_maps_say(
     "One sentence: the mean silhouette of each side, and the layer whose experts lie together most."
     means = {side: np.mean([*own.values()] or [np.nan]) for side, own in scores.items()}
     words = ", ".join(f"{NAMES[side]} {means[side]:.2f}" + f" (most: {max(own, key=own.__getitem__)}, {max(own.values()):.2f})" * bool(own) for side, own in scores.items())
-    return f"Experts of a layer {'lie together' if max(means.values()) > 0.25 else 'do not lie together on the whole'}: silhouette of {words}; 1 would be heaps of their own"
+    return f"Experts of a layer {'lie together' if max(means.values()) > 0.25 else 'do not lie together on the whole'}: silhouette of {words}; 1 would be tight clusters"
 
 
 def draw_map(
@@ -289,7 +289,7 @@ def draw_map(
             for ax, (how, flat) in zip(line, maps_of(points, seed).items()): _scatter(ax, flat, places, colors[side], f"{NAMES[side]}: {how}")
         blocks = sorted({block for _, places in sides.values() for block, _ in places})
         shown = dict(zip(blocks, shades(colors["frozen"], len(blocks))))
-        for block in blocks if len(blocks) <= 6 else (blocks[0], blocks[len(blocks) // 2], blocks[-1]): axes[0, 0].scatter([], [], color=shown[block], label=f"block {block}")
+        for block in blocks if len(blocks) <= 6 else (blocks[0], blocks[len(blocks) // 2], blocks[-1]): axes[0, 0].scatter([], [], color=shown[block], edgecolors="black", linewidths=0.4, label=f"block {block}")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, title="every point an expert; light to dark: the first block to the last")
     return headline(figure, what_maps_say(scores),
                     "Every point is an expert; its shade is its block, the marker the kind of layer; left a t-SNE map, right a PCA of the same points")

@@ -113,7 +113,7 @@ def short(layer: str) -> str:
     "`base_model.model.model.layers.2.self_attn.q_proj` as `block 2 q_proj`."
     return "block {} {}".format(*place_of(layer))
 
-# %% ../nbs/11b_routing.ipynb #d0a1567a
+# %% ../nbs/11b_routing.ipynb #aecf4aa7
 def draw_routers(
     routing: dict[str, dict[str, Tensor]],  # from `routing_by_task`
     tasks: list[str],                       # names of its rows
@@ -127,7 +127,7 @@ def draw_routers(
             layer = max(spread[side], key=spread[side].__getitem__)
             _task_table(ax, 100 * routing[layer][side], tasks if side == sides[0] else [""] * len(tasks), side, f"{SIDES[side]}, weights in %\n{short(layer)}")
             axes[-1].plot([100 * v for v in spread[side].values()], style, color=colors[side], label=SIDES[side])
-        axes[-1].set(title="weight that moves\nwith the task", xlabel="adapted layer, first to last", ylabel="% of the weight", ylim=(0, None))
+        axes[-1].set(title="weight that moves\nwith the task", xlabel="adapted layer, first to last", ylabel="½ Σ |difference| (%)", ylim=(0, None))
         axes[-1].legend()
     (top, where), least = max((v, layer) for own in spread.values() for layer, v in own.items()), min(min(own.values()) for own in spread.values())
     much = "hardly depends" if top < 0.05 else "depends little" if top < 0.2 else "depends"
@@ -141,7 +141,7 @@ def _task_table(ax, percent, tasks, side, title):
     ax.set(title=title, xticks=range(percent.shape[1]), yticks=range(len(tasks)))
     ax.set_xticklabels(expert_names(side, percent.shape[1])), ax.set_yticklabels(tasks)
 
-# %% ../nbs/11b_routing.ipynb #1e00e825
+# %% ../nbs/11b_routing.ipynb #753a28e3
 def some(layers: Iterable[str], blocks: int = 4) -> list[str]:
     "Layers of the main kinds in a few blocks, evenly spaced, the first and the last among them."
     layers = list(layers)
@@ -162,12 +162,13 @@ def draw_layers(
     with canvas(len(sides), 1, 9, 0.9 + 2.1 * len(sides)) as (figure, axes, colors):
         for (ax,), side in zip(axes, sides):
             experts = shares[side].shape[1] // len(layers)
-            figure.colorbar(heat(ax, shares[side], MAPS["change"], 1 + far, 1 - far), ax=ax, label="times an equal share\n(white: 1)", pad=0.01)
+            figure.colorbar(heat(ax, shares[side], MAPS["change"], 1 + far, 1 - far), ax=ax, label="times an equal share\n(white: 1, dot: under 0.9)", pad=0.01)
+            ax.plot(*np.argwhere(shares[side].numpy() < 0.9).T[::-1], "o", ms=1.5, color=colors["text"])
             for k in range(1, len(layers)): ax.axvline(k * experts - 0.5, color=colors["text"], lw=0.8)
             names = expert_names(side, experts)
             ax.set(title=f"{SIDES[side]}: within a layer {names[0]} to {names[-1]}, left to right", yticks=range(len(tasks)), xticks=[k * experts + (experts - 1) / 2 for k in range(len(layers))])
             ax.set_yticklabels(tasks), ax.set_xticklabels(["{}\n{}".format(place_of(n)[0], place_of(n)[1].removesuffix("_proj")) for n in layers], size=8), ax.set_xlabel("block and kind of layer")
-    return headline(figure, f"An expert gets {low:.1f} to {top:.1f} times an equal share of a task's tokens in the {len(layers)} layers shown",
+    return headline(figure, f"An expert gets {low:.1f} to {top:.1f} times an equal share of a task's routing weight in the {len(layers)} layers shown",
                     "A field for each task, layer and expert: mean weight in times of an equal share; tasks down, layers and their experts across")
 
 # %% ../nbs/11b_routing.ipynb #b0935dbb
@@ -187,7 +188,7 @@ def draw_effective(
             words.append(f"{np.mean(each):.1f} of {count} {SIDES[side].split()[0]} (least in a layer: {min(each):.1f})")
     return headline(figure, f"A token uses on average {' and '.join(words)}", "Curves over the adapted layers, one panel for each side: exponential of the entropy of a token's weights and of the mean weights")
 
-# %% ../nbs/11b_routing.ipynb #2c1969dd
+# %% ../nbs/11b_routing.ipynb #679e9cc3
 def surprise(
     weights: Tensor,  # (M, N), from `meetings`
 ) -> Tensor:          # (M, N): 1 where A and B meet as often as independent routers would have them
@@ -208,7 +209,7 @@ def draw_meetings(
         for (ax,), layer in zip(axes, shown):
             i, j = divmod(int((surprise(means[layer]) - 1).abs().argmax()), N)
             heat(ax, 100 * means[layer], MAPS["router"], top, form="{:.1f}".format)
-            ax.add_patch(_frame(i, j, colors["text"])), ax.set_title(f"{short(layer)}, % of the weight; framed: A{i + 1} with B{j + 1} has {surprise(means[layer])[i, j]:.2f} times A{i + 1}'s share × B{j + 1}'s share")
+            ax.add_patch(_frame(i, j, colors["text"])), ax.set_title(f"{short(layer)}, % of the weight; framed, least independent: A{i + 1} with B{j + 1}, {surprise(means[layer])[i, j]:.2f} × their shares' product")
             ax.set(xticks=range(N), yticks=range(M)), ax.set_xticklabels(expert_names("up", N)), ax.set_yticklabels(expert_names("down", M))
     least, equal = 100 * min(w.min().item() for w in means.values()), 100 / M / N
     return headline(figure, f"{'Every A meets every B' if least > equal / 10 else 'Some pairs hardly meet'}: over all layers a pair has {least:.1f} to {top:.1f} % of the weight (an equal share: {equal:.1f} %)",

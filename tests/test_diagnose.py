@@ -56,7 +56,7 @@ def test_several_models_are_drawn_side_by_side_and_lora_is_left_out():
     lora = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     figure = likeness.draw_similarity({"a": adapted(), "b": adapted(pairing="one-to-many"), "LoRA": lora})
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"a", "b (a single A)", "two random subspaces"}
-    assert "B's are most alike " in figure.get_label() and likeness.draw_similarity({"LoRA": lora}) is None
+    assert "B's are most alike in " in figure.get_label() and likeness.draw_similarity({"LoRA": lora}) is None
 
 
 # ---- routing ----
