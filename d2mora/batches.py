@@ -94,7 +94,7 @@ def encode(
     columns = {name: [row[name] for row in coded] for name in ("input_ids", "graded_from", "fate")}
     return columns | {"length": [len(ids) for ids in columns["input_ids"]]}
 
-# %% ../nbs/08a_batches.ipynb #29496686
+# %% ../nbs/08a_batches.ipynb #82b4f12a
 def ids_and_labels(
     rows: list[dict],  # encoded rows
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # for each row its token ids, and the same with -100 where nothing is graded
@@ -232,7 +232,7 @@ def counts_table(
     if "lost" in shown: lines.append("  answer lost: trained without their whole answer, as published; data.truncation=prompt keeps it")
     return "\n".join(lines)
 
-# %% ../nbs/08a_batches.ipynb #7ed2d40b
+# %% ../nbs/08a_batches.ipynb #0ca96c3f
 def pack(
     rows: list[dict],  # encoded rows
 ) -> dict[str, torch.Tensor]:  # input_ids, position_ids, labels, each (1, all tokens)

@@ -7,7 +7,7 @@ __all__ = ['NO_ACCESS', 'versions', 'fitted', 'Folder', 'listed', 'app', 'hush',
            'print_answers', 'print_result', 'print_comparison', 'free_folder', 'demo', 'words', 'compare', 'export',
            'explained', 'main']
 
-# %% ../nbs/cli.ipynb #1a69c189
+# %% ../nbs/cli.ipynb #274e7ff8
 import errno
 import platform
 import shutil
@@ -21,7 +21,7 @@ import click
 
 import d2mora
 
-# %% ../nbs/cli.ipynb #c1f3a002
+# %% ../nbs/cli.ipynb #7709f0eb
 def versions() -> str:  # one line
     "The versions that a report of a fault must name."
     names = ("torch", "transformers", "peft", "accelerate", "datasets")
@@ -37,7 +37,7 @@ def fitted(
     cut = lambda line: line[:line.rfind("|", 0, width) + 1] if line.startswith("|") and len(line) > width else line
     return "\n".join(map(cut, text.split("\n")))
 
-# %% ../nbs/cli.ipynb #a2aec6ec
+# %% ../nbs/cli.ipynb #c08230fc
 class Folder(click.Path):
     "A folder to be made: its name must be one that a file system takes."
 
@@ -55,7 +55,7 @@ def listed(ctx, param, text: str | None) -> list[str] | None:
     if found == []: raise click.BadParameter("it names nothing: leave it out, or put commas between names", ctx, param)
     return found
 
-# %% ../nbs/cli.ipynb #clgroup1
+# %% ../nbs/cli.ipynb #740c0211
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(versions(), message="%(version)s")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
@@ -83,7 +83,7 @@ def hush() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
-# %% ../nbs/cli.ipynb #b2267a99
+# %% ../nbs/cli.ipynb #eb311d24
 @app.command(short_help="Train an adapter as a recipe says.")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[base=NAME] [section.key=value ...]")
@@ -118,7 +118,7 @@ def train(recipe, overrides, output, resume, dry_run, tokenizer, gpus):
     if validation_losses(run): click.echo(fitted(loss_table(run)))
     click.echo(f"adapter: {run/'adapter'}\nreport:  {run/'report.md'}, pictures in {run/'plots'}\nnext:    d2mora evaluate {run}")
 
-# %% ../nbs/cli.ipynb #29b925a6
+# %% ../nbs/cli.ipynb #20a58f22
 def print_plan(recipe, overrides, output, resume, tokenizer, gpus):
     "Print what a run would take."
     from d2mora.plan import dry_run
@@ -127,7 +127,7 @@ def print_plan(recipe, overrides, output, resume, tokenizer, gpus):
     if output or resume: raise click.UsageError("--dry-run writes nothing: leave --output and --resume out")
     click.echo(fitted(dry_run(load_recipe(recipe, overrides), tokenizer, **({"gpus": gpus} if gpus else {}))))
 
-# %% ../nbs/cli.ipynb #10199ac4
+# %% ../nbs/cli.ipynb #e11a8286
 @app.command(short_help="Grade runs, adapters or a bare base; or ask one question.")
 @click.argument("targets", nargs=-1, metavar="[DIR ...]")
 @click.option("--base", help="In place of the run's base; alone: grade that base.")
@@ -157,7 +157,7 @@ def evaluate(targets, base, question, **options):
         else: print_result(target, base, options)
     if len(targets) > 1 and not question: print_comparison(targets, options["protocol"])
 
-# %% ../nbs/cli.ipynb #dd84eaef
+# %% ../nbs/cli.ipynb #b8423008
 def print_answers(question, target, base):
     "Print what the base writes and what the adapted base writes, and where the routers sent the tokens."
     from d2mora.evaluate import ask
@@ -187,7 +187,7 @@ def print_comparison(targets, protocol):
     click.echo(f"\n{fitted(comparison(targets, protocol))}")
     for path, n in write_disagreements(targets, protocol): click.echo(f"\nwritten: {path}, {n} rows that they answer differently")
 
-# %% ../nbs/cli.ipynb #abc0bbb2
+# %% ../nbs/cli.ipynb #5e4c45bb
 def free_folder(
     base: Path = Path("runs/demo"),  # the first name to try
 ) -> Path:                           # it, or the first of base-2, base-3, … that does not exist
@@ -212,7 +212,7 @@ def demo(overrides, output):
     folder = output or free_folder()  # the first of runs/demo, runs/demo-2, … that is free
     click.echo(fitted(run(load_recipe("demo", overrides), folder)))
 
-# %% ../nbs/cli.ipynb #c0a2e002
+# %% ../nbs/cli.ipynb #07d60e9c
 def words(text: str, kind: type = str) -> list:
     "A comma-separated list, each part in its type."
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -229,11 +229,11 @@ def words(text: str, kind: type = str) -> list:
 @click.option("--learning-rates", default="", help="To choose from; default: a third of the recipe's, it, three times it.")
 @click.option("--protocols", default="choice", show_default=True)
 @click.option("--limit", type=int, help="Grade only the first rows of each task.")
-@click.option("--single-task", "single", is_flag=True, help="Also one adapter for each task; writes comparison-BUDGET-single.json, .md, .png.")
+@click.option("--single-task", "single", is_flag=True, help="Also one adapter for each task; writes comparison-BUDGET-single.json, .md, .png, .svg.")
 @click.option("--output", type=Folder(), required=True, help="Folder for all runs; a comparison in it goes on.")
 def compare(recipe, overrides, methods, seeds, learning_rates, protocols, output, **options):
     """Compare methods at the size of RECIPE's D2MoRA: each chooses its learning rate on training
-    rows set aside, then trains with every seed. Writes OUTPUT/comparison-BUDGET.json, .md, .png.
+    rows set aside, then trains with every seed. Writes OUTPUT/comparison-BUDGET.json, .md, .png, .svg.
 
     \b
     Example:
@@ -245,9 +245,9 @@ def compare(recipe, overrides, methods, seeds, learning_rates, protocols, output
 
     result = compare(load_recipe(recipe, overrides), output, tuple(words(methods)), words(seeds, int),
                      learning_rates=words(learning_rates, float), protocols=tuple(words(protocols)), **options)
-    click.echo(f"{comparison_report(result)}\n\nwritten: {output/('comparison-' + result['budget'])}.json, .md, .png; the runs beside them")
+    click.echo(f"{comparison_report(result)}\n\nwritten: {output/('comparison-' + result['budget'])}.json, .md, .png, .svg; the runs beside them")
 
-# %% ../nbs/cli.ipynb #6a766262
+# %% ../nbs/cli.ipynb #e237df90
 @app.command(short_help="Make a plain LoRA of an adapter, for any LoRA server.")
 @click.argument("target", metavar="RUN_OR_ADAPTER")
 @click.argument("folder", metavar="DIR", type=Folder())
@@ -275,7 +275,7 @@ def export(target, folder, **options):
     found = export(target, folder, **options)
     click.echo(fitted(summary_of(found, folder)))
 
-# %% ../nbs/cli.ipynb #0a2ddb33
+# %% ../nbs/cli.ipynb #ba8f5639
 NO_ACCESS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 

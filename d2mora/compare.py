@@ -7,7 +7,7 @@ __all__ = ['CHOOSING_SEED', 'SET_ASIDE', 'before_after_table', 'run', 'varied', 
            'held_out_loss', 'choose_rate', 'best_rate', 'single_tasks', 'check_comparison', 'run_all',
            'write_comparison', 'compare', 'about_comparison']
 
-# %% ../nbs/12b_compare.ipynb #0469127a
+# %% ../nbs/12b_compare.ipynb #14df859b
 import copy
 import json
 import sys
@@ -25,9 +25,10 @@ from .diagnose import draw
 from .evaluate import PROTOCOLS, evaluate, tasks_to_grade, test_rows
 from .grading import under_way
 from .likeness import as_model, likeness, overall
+from .pictures import save_picture
 from .recipe import Recipe, check_training
 from .report import percent, read_graded, report, row_hash, text_table
-from .runs import begun, locked, validation_losses, whole_file, write_text
+from .runs import begun, locked, validation_losses, write_text
 from .strangers import read_json
 from .tasks import TASKS, nearest, toy_base
 from .train import train
@@ -87,7 +88,7 @@ def varied(
     check_training(new.training)
     return new
 
-# %% ../nbs/12b_compare.ipynb #6665c702
+# %% ../nbs/12b_compare.ipynb #aa8e29ef
 def graded_whole(folder: Path, protocol: str, limit: int | None, rows: dict[str, list[dict]]) -> bool:
     "Whether the grades that lie in a finished run are whole, and of these rows."
     path = folder/f"evaluation-{protocol}.json"
@@ -117,7 +118,7 @@ def one_run(
             "grades": {p: {"average": g["average"], "tasks": {t: {k: own[k] for k in kept} for t, own in g["tasks"].items()}} for p, g in grades.items()},
             "held_out": {task: last for task, (_, last) in validation_losses(folder).items()}, "alike": {s: v for s, v in alike.items() if v == v}}
 
-# %% ../nbs/12b_compare.ipynb #ab53fc80
+# %% ../nbs/12b_compare.ipynb #f699165e
 CHOOSING_SEED, SET_ASIDE = 1000, 400  # the seed, and the rows set aside, where the recipe has no validation rows of its own
 
 def held_out_loss(
@@ -187,12 +188,12 @@ def run_all(recipe, folders, adapters, rates, seeds, protocols, limit, single) -
         print(f"run {number} of {len(jobs)}: {method}, seed {seed}: {scores}", file=sys.stderr, flush=True)
     return done
 
-# %% ../nbs/12b_compare.ipynb #93402995
+# %% ../nbs/12b_compare.ipynb #692316d7
 def write_comparison(result: dict, path: Path) -> None:
     "A comparison as JSON, tables and a picture."
     write_text(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
     write_text(path.with_suffix(".md"), comparison_report(result) + "\n")
-    with whole_file(path.with_suffix(".png")) as aside: draw_comparison(result).savefig(aside, dpi=110)
+    save_picture(draw_comparison(result), path.parent, path.stem)
 
 # %% ../nbs/12b_compare.ipynb #dcf8535f
 def compare(

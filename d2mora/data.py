@@ -7,7 +7,7 @@ __all__ = ['ALIKE', 'PUBLISHED', 'DataConfig', 'check_data_config', 'row_problem
            'task_of', 'find_file', 'mixed_rows', 'check_rows', 'read_task', 'read_rows', 'data_path', 'plain',
            'test_questions', 'survey']
 
-# %% ../nbs/08_data.ipynb #bb7d114d
+# %% ../nbs/08_data.ipynb #91119904
 import gzip
 import json
 import os
@@ -41,7 +41,7 @@ class DataConfig:
     def __post_init__(self):
         check_data_config(self)
 
-# %% ../nbs/08_data.ipynb #95f9a453
+# %% ../nbs/08_data.ipynb #f8fb67ba
 def check_data_config(config: DataConfig) -> None:
     "Raise a ValueError for the first setting that cannot work."
     if not config.tasks: raise ValueError("data.tasks is empty: name at least one task")
@@ -52,7 +52,7 @@ def check_data_config(config: DataConfig) -> None:
     if config.cutoff < 1: raise ValueError(f"data.cutoff={config.cutoff}: must be at least 1 token")
     if config.validation_rows < 0: raise ValueError(f"data.validation_rows={config.validation_rows}: must be 0 or more")
 
-# %% ../nbs/08_data.ipynb #011a77ec
+# %% ../nbs/08_data.ipynb #28a33c3c
 def row_problem(
     row: dict,   # instruction, output, answer (and input)
     task: str,   # one of the eight
@@ -68,7 +68,7 @@ def row_problem(
         return f"field 'output' does not contain the answer '{row['answer']}' first: {row['output'][:60]!r}"
     return ""
 
-# %% ../nbs/08_data.ipynb #12b2125b
+# %% ../nbs/08_data.ipynb #adcbe1da
 def file_problem(
     path: Path,  # a .json or .json.gz that could not be read as a table
 ) -> str:        # what is wrong, with row and field where they can be named
@@ -99,7 +99,7 @@ def quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if bars: datasets.enable_progress_bars()
 
-# %% ../nbs/08_data.ipynb #ccabf0ad
+# %% ../nbs/08_data.ipynb #6902bd2a
 def read_file(
     path: Path,  # an array of rows in JSON, gzipped or not
 ) -> "datasets.Dataset":  # columns instruction, input, output, answer
@@ -131,7 +131,7 @@ def task_of(
     known = {"true": "boolq", "solution1": "piqa", "ending1": "hellaswag", "option1": "winogrande"}
     return known.get(offered[0]) or {"answer1": "social_i_qa" if len(offered) == 3 else "openbookqa"}.get(offered[0])
 
-# %% ../nbs/08_data.ipynb #e4ec699e
+# %% ../nbs/08_data.ipynb #62284bfa
 def find_file(
     path: Path,   # folder with one folder a task
     task: str,    # one of the eight
@@ -147,7 +147,7 @@ def find_file(
     raise ValueError(f"{path/task}: no {split}.json or {split}.json.gz; put it there or leave {task} out"
                      f" (with {split} files here: {', '.join(there) or 'none'})")
 
-# %% ../nbs/08_data.ipynb #bca540ae
+# %% ../nbs/08_data.ipynb #fe1b3d82
 def mixed_rows(
     path: Path,        # commonsense_170k.json
     tasks: list[str],  # the tasks wanted

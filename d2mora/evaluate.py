@@ -6,7 +6,7 @@
 __all__ = ['load_target', 'with_adapter', 'tasks_to_grade', 'check_request', 'test_rows', 'on_device', 'bar_of', 'grade_all',
            'about', 'write_results', 'begin', 'evaluate', 'ask', 'routing_table']
 
-# %% ../nbs/10d_evaluate.ipynb #92be771a
+# %% ../nbs/10d_evaluate.ipynb #f1a7cb2d
 import json
 import os
 import sys
@@ -24,10 +24,11 @@ from .cards import write_card
 from .data import DataConfig, data_path, find_file, read_task
 from .generation import NEW_TOKENS, write
 from .grading import all_lines, everyone, in_order, join, mark, open_results, settings_of, under_way
+from .pictures import save_picture
 from .protocols import PROTOCOLS, about_row, grader, in_batches, plan
 from .recipe import load_base, load_recipe, max_positions
 from .report import draw_results, report, result_table, results, row_hash, text_table
-from .runs import locked, whole_file, write_text
+from .runs import locked, write_text
 from .strangers import check_whole, first_line, read_adapter, read_weights
 from .tasks import PROMPT_STYLES, TASKS, TOY_WORLDS, evaluating, evaluation_prompt, nearest
 from .tuner import record_routing
@@ -135,7 +136,7 @@ def grade_all(
                 bar.update(len(lines))
     return fresh
 
-# %% ../nbs/10d_evaluate.ipynb #7f5349f9
+# %% ../nbs/10d_evaluate.ipynb #3c9d193a
 def about(target, model, settings: dict, path: str, limit: int | None, batch_size: int, processes: int) -> dict:
     "What was graded, and how. There is no seed: no protocol draws at random."
     versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")}
@@ -152,8 +153,7 @@ def write_results(
     "Write evaluation-PROTOCOL.json, every row beside it in .jsonl, a picture, and renew report.md."
     write_text(folder/f"evaluation-{protocol}.jsonl", "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in graded))
     write_text(folder/f"evaluation-{protocol}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    (folder/"plots").mkdir(exist_ok=True)
-    with whole_file(folder/"plots"/f"evaluation-{protocol}.png") as aside: draw_results({folder.resolve().name: result}).savefig(aside, dpi=100)
+    save_picture(draw_results({folder.resolve().name: result}), folder/"plots", f"evaluation-{protocol}")
     write_text(folder/"report.md", report(folder))
     if all((folder/name).is_file() for name in ("recipe.yaml", "metrics.jsonl", "adapter/README.md")): write_card(folder)
     for part in under_way(folder, protocol): part.unlink()  # last: as long as one is there, something else may not be

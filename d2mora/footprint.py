@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'base_shape', 'precision', 'bare_model', 'count_parts', 'LiveBytes', 'fake_weights', 'micro_batch',
            'step_bytes', 'step_flops', 'plan_step']
 
-# %% ../nbs/09c_footprint.ipynb #ef453ace
+# %% ../nbs/09c_footprint.ipynb #63ebae9b
 import copy
 import re
 import weakref
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .strangers import UNTRUSTED, first_line
 from .recipe import Recipe, adapter_config, base_folder
 
-# %% ../nbs/09c_footprint.ipynb #f7e46224
+# %% ../nbs/09c_footprint.ipynb #ac6d61ff
 def base_shape(
     base: str,  # as in a recipe: hub name, folder, or `toy`
 ) -> transformers.PreTrainedConfig:

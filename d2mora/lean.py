@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .lora import match_dtype, project_down
 
-# %% ../nbs/06_lean.ipynb #f564b244
+# %% ../nbs/06_lean.ipynb #20119551
 def chances(
     p: float,  # probability of dropping an element, below 1
 ) -> int:      # out of 65,536; never all of them
@@ -46,7 +46,7 @@ def unpack_bits(
     "Undo `pack_bits`."
     return ((packed.long() * _SPREAD) & _ONE_EACH).view(torch.uint8) != 0
 
-# %% ../nbs/06_lean.ipynb #39f43219
+# %% ../nbs/06_lean.ipynb #14f69a82
 class DropoutProject(torch.autograd.Function):
     "Project `dropout(x)`, keeping `x` and a bit for each element."
 

@@ -6,7 +6,7 @@
 __all__ = ['GPUS', 'SPARE', 'GiB', 'Load', 'epoch_load', 'Gpu', 'find_gpu', 'Plan', 'run_length', 'plan_memory', 'plan_flops',
            'plan', 'fits', 'lasting', 'plan_table', 'small_shape', 'two_steps', 'find_tokenizer', 'dry_run']
 
-# %% ../nbs/13_full.ipynb #dad319ea
+# %% ../nbs/13_full.ipynb #42180beb
 import contextlib
 import copy
 import json
@@ -58,7 +58,7 @@ def epoch_load(
     graded = max(n - start for n, start in zip(lengths, column(ready.train, "graded_from")))
     return Load(len(lengths), sum(lengths), sum(wide), len(batches), typical, largest, graded)
 
-# %% ../nbs/13_full.ipynb #f885421b
+# %% ../nbs/13_full.ipynb #c6a315dd
 @dataclass
 class Gpu:
     "What matters of a GPU."
@@ -143,7 +143,7 @@ def plan_flops(
     forward, total = plan_step(step_flops, shape, recipe, rows, tokens, checkpointing=bool(recipe.training.get("gradient_checkpointing")))
     return {"training": total*batches, "validation": forward/(rows*tokens)*validation*evaluations}
 
-# %% ../nbs/13_full.ipynb #53ae7650
+# %% ../nbs/13_full.ipynb #66a929e6
 def plan(
     recipe: Recipe,   # what to train
     ready: Prepared,  # its rows, encoded
@@ -232,7 +232,7 @@ def two_steps(
         run = train(replace(recipe, base=f"{folder}/base", data=replace(recipe.data, validation_rows=0), training=training), f"{folder}/run")
         return [line["loss"] for line in read_metrics(run) if "loss" in line]
 
-# %% ../nbs/13_full.ipynb #29e3c887
+# %% ../nbs/13_full.ipynb #ac63896d
 def find_tokenizer(
     recipe: Recipe,          # its base
     stand_in: str | None,    # a folder or hub name to take instead

@@ -7,9 +7,9 @@ __all__ = ['COLUMNS', 'NAMES', 'NOTE', 'wilson_interval', 'average_interval', 'm
            'calibration_error', 'mcnemar', 'holm', 'row_hash', 'read_graded', 'pairs', 'paired', 'disagreements',
            'write_disagreements', 'text_table', 'percent', 'span', 'verdict', 'paired_table', 'summary', 'results',
            'result_table', 'group_of', 'groups', 'mean_std', 'seeds_table', 'comparison', 'paper_rows', 'paper_table',
-           'draw_results', 'loss_table', 'how', 'picture_lines', 'report']
+           'draw_results', 'above_chance', 'loss_table', 'how', 'picture_lines', 'report']
 
-# %% ../nbs/09b_report.ipynb #ee39f357
+# %% ../nbs/09b_report.ipynb #a3ad9f3b
 import json
 import math
 from collections import Counter
@@ -23,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from .data import read_task
+from .pictures import CHANCE, canvas, headline
 from .strangers import read_json, read_lines
 from .tasks import TASKS, row_answers
 from .recipe import load_recipe
@@ -98,7 +99,7 @@ def holm(
     for place, i in enumerate(order): out[i] = worst = max(worst, min(1.0, (len(p) - place) * p[i]))
     return out
 
-# %% ../nbs/09b_report.ipynb #aa5990cd
+# %% ../nbs/09b_report.ipynb #d256a0c7
 def row_hash(row: dict, task: str) -> str:
     "Sixteen hexadecimal digits that stand for a row's content."
     return sha256(json.dumps([task, row["instruction"], row.get("input") or "", row["answer"]]).encode()).hexdigest()[:16]
@@ -138,7 +139,7 @@ def paired(
     for task, p in zip(tasks, holm([result[t]["p"] for t in tasks])): result[task]["p"] = p
     return {task: result[task] for task in [*tasks, "all rows"]}
 
-# %% ../nbs/09b_report.ipynb #6fa287d5
+# %% ../nbs/09b_report.ipynb #69e67db5
 def disagreements(a: list[dict], b: list[dict]) -> list[dict]:
     "The rows that two runs answer differently: task, row, hash, answer, and both predictions."
     return [{k: g[k] for k in ("task", "row", "hash", "answer")} | {"a": g["predicted"], "b": h["predicted"]}
@@ -264,7 +265,7 @@ def seeds_table(
     rows.append(["average", *(mean_std([mean(r["tasks"][t]["accuracy"] for t in tasks) for r in own]) for own in named.values())])
     return text_table(["task", *(f"{name} ({len(own)} run{'s' * (len(own) > 1)})" for name, own in named.items())], rows)
 
-# %% ../nbs/09b_report.ipynb #62eb4ba8
+# %% ../nbs/09b_report.ipynb #93480acf
 def comparison(
     folders: list[str | Path],  # two or more graded folders
     protocol: str = "choice",   # the same for all: different protocols share no column
@@ -298,28 +299,31 @@ def paper_table(
     rows = [[f"{r['backbone']} {r['method']} {r['M']},{r['N']},{r['r']}", *(f"{float(r[name]):.1f}" for name in names)] for r in paper_rows() if r["method"] in methods]
     return text_table(["paper (M,N,r)", *names], rows)
 
-# %% ../nbs/09b_report.ipynb #ad726fd9
+# %% ../nbs/09b_report.ipynb #5e578b0f
 def draw_results(
     named: dict[str, dict],  # results of `evaluate` by name, all of one protocol
 ):                           # a matplotlib Figure
     "Accuracies with 95 % intervals, task by task, and chance."
-    import matplotlib.pyplot as plt
-    from matplotlib.figure import Figure
-    first, step = next(iter(named.values())), 0.7 / len(named)
-    with plt.style.context("d2mora.assets.figure"):
-        figure = Figure(figsize=(7.6, 3.2), layout="constrained")
-        ax, colors = figure.subplots(), plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    tasks, looks = next(iter(named.values()))["tasks"], iter([("first", "o"), ("second", "s"), ("text", "^"), ("router", "D"), ("loss", "v")] * len(named))
+    blind = [*(100 * t["chance"] for t in tasks.values()), 100 * mean(t["chance"] for t in tasks.values())]
+    with canvas(width=7.6, height=3.4) as (figure, ((ax,),), colors):
         for k, (name, result) in enumerate(named.items()):
-            shown = [result["tasks"][task] for task in first["tasks"]] + [{"accuracy": result["average"], "interval": result["average_interval"]}]
-            places = [i + (k - (len(named) - 1) / 2) * step for i in range(len(shown))]
-            ax.vlines(places, *zip(*((100 * t["interval"][0], 100 * t["interval"][1]) for t in shown)), color=colors[(k + 7) % 8], lw=2)
-            ax.plot(places, [100 * t["accuracy"] for t in shown], "o", ms=4, color=colors[(k + 7) % 8], label=name)
-        marks = [100 * t["chance"] for t in first["tasks"].values()]
-        ax.hlines([*marks, mean(marks)], [i - 0.42 for i in range(len(shown))], [i + 0.42 for i in range(len(shown))], color=colors[6], lw=1, ls=":", label="chance")
-        ax.set_xticks(range(len(shown)), [*first["tasks"], "average"], rotation=30, ha="right")
-        ax.set(ylim=(0, 100), ylabel=f"accuracy (%), 95 % interval\nprotocol {first['protocol']}")
-        ax.legend(ncols=len(named) + 1, loc="lower center", bbox_to_anchor=(0.5, 1))
-    return figure
+            color, marker = ("frozen", "o") if "frozen" in name else next(looks)
+            shown = [*(result["tasks"][task] for task in tasks), {"accuracy": result["average"], "interval": result["average_interval"]}]
+            places = [i + (k - (len(named) - 1) / 2) * 0.7 / len(named) for i in range(len(shown))]
+            ax.vlines(places, *zip(*((100 * t["interval"][0], 100 * t["interval"][1]) for t in shown)), color=colors[color], lw=2)
+            ax.plot(places, [100 * t["accuracy"] for t in shown], marker, ms=5, color=colors[color], label=name)
+        ax.hlines(blind, [i - 0.42 for i in range(len(blind))], [i + 0.42 for i in range(len(blind))], **CHANCE, label="a blind guess")
+        ax.set_xticks(range(len(blind)), [*tasks, "average"], rotation=30, ha="right")
+        ax.set(ylim=(0, 104), ylabel=f"accuracy (%), 95 % interval\nprotocol {next(iter(named.values()))['protocol']}")
+        figure.legend(loc="outside lower center", ncols=len(named) + 1)
+    return headline(figure, "; ".join(f"{name}: {percent(r['average'])} %, {above_chance(r)} of {len(tasks)} tasks above chance" for name, r in named.items()),
+                    f"A point with its 95 % interval for each task and the average, and a line at chance; tasks: {', '.join(tasks)}")
+
+
+def above_chance(result: dict) -> int:
+    "How many tasks have an interval that lies above a blind guess."
+    return sum(t["interval"][0] > t["chance"] for t in result["tasks"].values())
 
 # %% ../nbs/09b_report.ipynb #808453ec
 def loss_table(
@@ -329,7 +333,7 @@ def loss_table(
     losses = validation_losses(run)
     return text_table(["held-out loss (nats per graded token)", "frozen base", "trained"], [[task, f"{a:.3f}", f"{b:.3f}"] for task, (a, b) in losses.items()])
 
-# %% ../nbs/09b_report.ipynb #51e4304a
+# %% ../nbs/09b_report.ipynb #cf9de4fc
 def how(result: dict) -> str:
     "One line that says how a result came to be."
     parts = [f"base {result['base']}", f"prompt {result['prompt']}", f"data {result['data']}", result["dtype"], f"batch {result['batch_size']}"]

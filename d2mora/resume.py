@@ -6,7 +6,7 @@
 __all__ = ['checkpoints', 'rotate', 'last_checkpoint', 'save_complete', 'reading', 'SafeTrainer', 'Abandoned', 'any_process',
            'Stopper', 'listening', 'validated', 'validation_due', 'StoppableTrainer']
 
-# %% ../nbs/08e_resume.ipynb #095dab79
+# %% ../nbs/08e_resume.ipynb #fa85576b
 import os
 import pickle
 import shutil
@@ -77,7 +77,7 @@ def save_complete(
         rotate(folder, trainer.args.save_total_limit, f"checkpoint-{state.best_global_step}")
     wait()
 
-# %% ../nbs/08e_resume.ipynb #b8390413
+# %% ../nbs/08e_resume.ipynb #604e4a2f
 @contextmanager
 def reading(
     checkpoint: str | Path | None,  # None: nothing is read

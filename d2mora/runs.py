@@ -7,7 +7,7 @@ __all__ = ['RUN_FILES', 'LOCK', 'publish', 'remove', 'writing', 'whole_file', 'w
            'MetricsWriter', 'read_metrics', 'validation_losses', 'ProgressBar', 'differences', 'begun', 'check_output',
            'data_marks', 'check_data', 'main_process', 'locked']
 
-# %% ../nbs/08d_runs.ipynb #53960580
+# %% ../nbs/08d_runs.ipynb #72b154e9
 import json
 import os
 import shutil
@@ -123,7 +123,7 @@ class MetricsWriter(TrainerCallback):
         if not line or not state.is_world_process_zero: return
         with writing(self.path), self.path.open("a") as file: file.write(json.dumps(line) + "\n")
 
-# %% ../nbs/08d_runs.ipynb #82024127
+# %% ../nbs/08d_runs.ipynb #59d20939
 def read_metrics(
     run: str | Path,  # a run folder
 ) -> list[dict]:      # one dictionary a line: step, epoch, loss, tokens, eval_TASK_loss, eval_loss (their mean), …
@@ -195,7 +195,7 @@ def check_output(
     differing = differences(asdict(load_recipe(output/"recipe.yaml")), asdict(recipe))
     if differing: raise ValueError(f"output '{output}' was begun with another recipe: {', '.join(differing)}; give the same, or name another folder")
 
-# %% ../nbs/08d_runs.ipynb #2b33719e
+# %% ../nbs/08d_runs.ipynb #f4336fd7
 def data_marks(
     rows: "Dataset",  # from `read_rows`
 ) -> dict[str, dict]:  # for each task: rows, sha256
@@ -220,7 +220,7 @@ def check_data(
         if was != now: raise ValueError(f"output '{output}': the training rows of {task} have changed since this run began "
                                         f"({was['rows']} rows then, {now['rows']} now): put the earlier file back, or name another folder")
 
-# %% ../nbs/08d_runs.ipynb #f87306e7
+# %% ../nbs/08d_runs.ipynb #43ec23e1
 def main_process() -> bool:
     "Whether this is the process that writes: of several, rank 0."
     return int(os.environ.get("RANK", 0)) == 0

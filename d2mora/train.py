@@ -6,7 +6,7 @@
 __all__ = ['batch_rows', 'row_names', 'check_finite', 'scaler_copes', 'RunTrainer', 'check_device', 'training_arguments',
            'global_batch', 'rehearse', 'make_trainer', 'save_adapter', 'begin_from', 'fit', 'at_last', 'train']
 
-# %% ../nbs/09_train.ipynb #d2f01bfb
+# %% ../nbs/09_train.ipynb #07714d69
 import json
 import math
 import os
@@ -136,7 +136,7 @@ def global_batch(args: TrainingArguments) -> str:
     sizes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     return f"a step reads {math.prod(sizes)} rows: {sizes[0]} at once, {sizes[1]} times, in {sizes[2]} process{'es'*(sizes[2] > 1)}"
 
-# %% ../nbs/09_train.ipynb #cab4f7b5
+# %% ../nbs/09_train.ipynb #b523b5f6
 def rehearse(
     trainer: RunTrainer,  # ready
 ) -> None:
@@ -151,7 +151,7 @@ def rehearse(
         raise ValueError(f"training: {' '.join(str(error).split())[:300]}") from error
     trainer.optimizer = trainer.lr_scheduler = None
 
-# %% ../nbs/09_train.ipynb #2f17e315
+# %% ../nbs/09_train.ipynb #8e69fb7e
 def make_trainer(
     recipe: Recipe,           # what to train
     rows: "Dataset",          # from `read_rows`
@@ -224,7 +224,7 @@ def at_last(trainer: RunTrainer) -> bool:
     "Whether the model is the last step's, and not an earlier one that was better."
     return not trainer.args.load_best_model_at_end or trainer.state.best_global_step in (None, trainer.state.global_step)
 
-# %% ../nbs/09_train.ipynb #d405c188
+# %% ../nbs/09_train.ipynb #747836ab
 def train(
     recipe: Recipe,                             # what to train, from `load_recipe`
     output: str | Path,                         # the run folder to make

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['orthogonality_parts', 'D2MoraTrainer', 'row_losses', 'mean_loss', 'with_mean', 'FairTrainer']
 
-# %% ../nbs/08b_trainer.ipynb #371b9d3e
+# %% ../nbs/08b_trainer.ipynb #86c273f8
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ class D2MoraTrainer(transformers.Trainer):
         "Add both parts of the orthogonality loss to the lines that report a training loss."
         super().log(logs | orthogonality_parts(cast(nn.Module, self.model)) if "loss" in logs else logs, *args, **kwargs)
 
-# %% ../nbs/08b_trainer.ipynb #662ee60e
+# %% ../nbs/08b_trainer.ipynb #cd0215b8
 def row_losses(
     model: Callable,   # a causal language model
     inputs: dict,      # a padded batch with labels (rows, tokens)

@@ -8,7 +8,7 @@ __all__ = ['PAIRINGS', 'MOST', 'CARD_NOTE', 'MERGE_REFUSED', 'HEADS', 'TARGETS',
            'note_import', 'new_experts', 'mixture', 'update', 'D2MoraLinear', 'features', 'add_experts',
            'check_targets', 'warn_if_inert', 'check_saved_modules', 'D2MoraModel', 'register_d2mora', 'record_routing']
 
-# %% ../nbs/07_tuner.ipynb #98a8b146
+# %% ../nbs/07_tuner.ipynb #0eaad25d
 import difflib
 import re
 import warnings
@@ -39,7 +39,7 @@ PAIRINGS: dict[str, Callable] = {
     "many-to-many": many_to_many,
 }
 
-# %% ../nbs/07_tuner.ipynb #fa5c5ba5
+# %% ../nbs/07_tuner.ipynb #b214cb6e
 def router_widths(
     pairing: str,           # a key of `PAIRINGS`
     num_down_experts: int,  # M
@@ -61,7 +61,7 @@ def router_widths(
         raise ValueError(f"it gives {tuple(mixed.shape[1:-1])} low-rank vectors for {N} up-projections")
     return widths
 
-# %% ../nbs/07_tuner.ipynb #3829e464
+# %% ../nbs/07_tuner.ipynb #9459d1b3
 def check_number(
     name: str,                   # the field
     value: object,               # what the user gave
@@ -102,7 +102,7 @@ def check_choice(
     if value not in list(choices):
         raise ValueError(f"{name}={value!r} is unknown{nearest(str(value), choices)}")
 
-# %% ../nbs/07_tuner.ipynb #ab7736ca
+# %% ../nbs/07_tuner.ipynb #35e4c201
 MOST = 65_536  # r, M and N stay below: larger ones are slips of the pen, and would fill the memory
 
 
@@ -118,7 +118,7 @@ def check_experts(
         need = f": it needs {rule[config.pairing]}" if config.pairing in rule else f" ({error})"
         raise ValueError(f"pairing='{config.pairing}' does not fit num_down_experts={M}, num_up_experts={N}{need}") from error
 
-# %% ../nbs/07_tuner.ipynb #926baf68
+# %% ../nbs/07_tuner.ipynb #46962b18
 def check_layers(
     config: "D2MoraConfig",  # the configuration
 ) -> None:
@@ -134,7 +134,7 @@ def check_layers(
     if blocks is not None and isinstance(targets, str) and targets != "all-linear":
         raise ValueError(f"layers_to_transform={blocks!r} does not narrow the pattern target_modules={targets!r}: list names, or put the blocks into the pattern")
 
-# %% ../nbs/07_tuner.ipynb #243bb772
+# %% ../nbs/07_tuner.ipynb #0279e962
 def check_config(
     config: "D2MoraConfig",  # the configuration
 ) -> None:
@@ -171,7 +171,7 @@ def as_set(
     "PEFT keeps module names as a set."
     return set(names) if isinstance(names, (list, tuple)) else names
 
-# %% ../nbs/07_tuner.ipynb #3d54595c
+# %% ../nbs/07_tuner.ipynb #dcaff178
 @dataclass
 class D2MoraConfig(peft.PeftConfig):
     "What to adapt and how."
@@ -324,7 +324,7 @@ def add_experts(
     layer._move_adapter_to_device_of_base_layer(name)
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
-# %% ../nbs/07_tuner.ipynb #d16c0d14
+# %% ../nbs/07_tuner.ipynb #18684c83
 def check_targets(
     config: D2MoraConfig,  # names the layers to adapt
     model: nn.Module,      # has the layers
@@ -366,7 +366,7 @@ def warn_if_inert(
         for handle in tuner._watch:
             handle.remove()
 
-# %% ../nbs/07_tuner.ipynb #4a3b4427
+# %% ../nbs/07_tuner.ipynb #6a2f711f
 HEADS = {"classifier", "score", "qa_outputs"}  # PEFT adds them by itself for other tasks than language modelling
 
 

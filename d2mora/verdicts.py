@@ -7,12 +7,12 @@ __all__ = ['paired_interval', 'told_apart', 'by_method', 'against', 'points', 'c
            'single_table', 'spread', 'alike_table', 'held_out_table', 'comparison_report', 'what_is_seen',
            'draw_comparison']
 
-# %% ../nbs/12a_verdicts.ipynb #6a170306
+# %% ../nbs/12a_verdicts.ipynb #1d720e31
 import math
 from collections.abc import Mapping
 from statistics import mean, stdev
 
-from .pictures import METHODS, canvas, headline
+from .pictures import CHANCE, METHODS, canvas, headline
 from .report import mean_std, percent, seeds_table, text_table
 
 # %% ../nbs/12a_verdicts.ipynb #1fcc73ba
@@ -125,7 +125,7 @@ def comparison_report(
     if any(r["alike"] for r in result["runs"]): parts += ["## How alike the experts are (mean |cosine|)", alike_table(result)]
     return "\n\n".join(parts)
 
-# %% ../nbs/12a_verdicts.ipynb #a349a896
+# %% ../nbs/12a_verdicts.ipynb #c78e4b35
 def what_is_seen(values: dict[str, list[float]]) -> str:
     "The finding as a sentence: whether the method with the best mean is told apart from the others."
     best = max(values, key=lambda m: mean(values[m]))
@@ -151,7 +151,7 @@ def draw_comparison(
             if len(own) > 1: ax.plot([100 * max(low, 0), 100 * min(high, 1)], [place + 0.25] * 2, color=colors["text"])
             ax.plot(100 * middle, place + 0.25, "|", ms=9, mew=2, color=colors["text"])
         chance = 100 * mean(t["chance"] for t in tasks)
-        ax.axvline(chance, color=colors["frozen"], ls=":"), ax.text(chance, -0.7, " chance", color=colors["text"], size=8)
+        ax.axvline(chance, **CHANCE), ax.text(chance, -0.7, " chance", color=colors["text"], size=8)
         ax.set(yticks=range(len(values)), yticklabels=list(values), ylim=(len(values) - 0.4, -1.1), xlabel=f"average accuracy over tasks (%), graded by protocol “{protocol}”")
         _key(figure, colors)
     return headline(figure, what_is_seen(values), "A mark is one run; below it the method's mean with Student's 95 % interval over seeds")

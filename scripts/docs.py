@@ -57,8 +57,7 @@ def describe_pictures(nb: dict  # a notebook
         if cell.cell_type == "markdown": cell.source = re.sub(r"^!\[([^\]]+)\]\(([^)]+)\)$", lambda m: f"![{m[1]}]({m[2]}){{fig-alt={json.dumps(m[1], ensure_ascii=False)}}}", cell.source, flags=re.M)
         if cell.cell_type != "code" or not any("image/png" in o.get("data", {}) for o in cell.get("outputs", [])): continue
         caption = re.search(r"^#\| ?fig-cap: *(.+)$", cell.source, re.M)
-        if not re.search(r"^#\| ?fig-alt:", cell.source, re.M):
-            cell.source = "#| fig-alt: " + (caption[1] if caption else '"Plot made by the cell above"') + f"\n{cell.source}"
+        if caption and not re.search(r"^#\| ?fig-alt:", cell.source, re.M): cell.source = f"#| fig-alt: {caption[1]}\n{cell.source}"
 
 
 def page_links(name: str,   # notebook

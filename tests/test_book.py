@@ -47,6 +47,24 @@ def test_every_notebook_is_a_page(site, path):
     assert f"blob/main/nbs/{path.name}" in text and f"edit/main/nbs/{path.name}" in text and f'href="notebooks/{path.name}"' in text
 
 
+def undescribed(notebook):
+    "Code cells that show a plot and give it no alt text and no caption."
+    shows = lambda cell: any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+    return [cell.source for cell in notebook.cells if shows(cell) and not re.search(r"^#\| ?fig-(alt|cap): *\S", cell.source, re.M)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_plot_is_described(path):
+    assert undescribed(nbformat.read(path, 4)) == []
+
+
+def test_a_plot_without_description_is_noticed():
+    notebook = nbformat.read(ROOT / "nbs" / "01_lora.ipynb", 4)
+    for cell in notebook.cells:
+        cell.source = re.sub(r"^#\| ?fig-.*\n", "", cell.source, flags=re.M)
+    assert len(undescribed(notebook)) == 1
+
+
 def test_code_and_names_reach_the_page(site):
     text = (site / "routers.html").read_text(encoding="utf-8")
     assert 'id="many_to_many"' in text and "Exported source" in text and 'href="api_routers.html"' in text

@@ -12,7 +12,7 @@ CHOICE = dict(learning_rates=(1e-3, 3e-3), limit=20)
 def test_single_tasks_have_a_result_file_of_their_own(tmp_path):
     alone = compare(load_recipe("demo-hard", FEW), tmp_path, ("lora",), seeds=(1,), learning_rates=(1e-3,), limit=20, single=True)
     assert set(alone["runs"][0]["single"]["choice"]["tasks"]) == {"boolq", "piqa"}
-    assert (tmp_path / "comparison-equal-single.json").is_file() and not (tmp_path / "comparison-equal.json").is_file()
+    assert all((tmp_path / f"comparison-equal-single.{kind}").is_file() for kind in ("json", "md", "png", "svg")) and not (tmp_path / "comparison-equal.json").is_file()
 
 
 def test_a_method_of_the_same_size_at_both_budgets_is_trained_once(tmp_path):

@@ -39,6 +39,8 @@ def test_demo_leaves_everything(demo):
         assert f"plots/{name}.png" in report
         with Image.open(folder / "plots" / f"{name}.png") as picture:
             assert picture.width > 400 and len(picture.convert("L").getcolors(100_000)) > 10
+    for path in (folder / "plots").glob("*.png"):
+        assert path.with_suffix(".svg").is_file() and len(Image.open(path).text["Description"]) > 60, path.name
 
 
 def test_demo_grades_before_and_after(demo):
