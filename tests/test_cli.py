@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from program import program
 
 from d2mora.cli import main
 from d2mora.tasks import toy_base, toy_rows
@@ -169,13 +170,13 @@ def test_help_fits_a_screen_and_has_an_example(args, capsys):
     assert args[0] != "evaluate" or len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= 80
 
 
-def command(*args):
-    return subprocess.run([sys.executable, "-m", "d2mora.cli", *map(str, args)], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-
-
 def test_the_program_itself():
-    done = command("train", "demo", "adapter.r=0", "--output", "never")
+    "By its own start, as a user calls it; what else needs a process is forked (`program.py`)."
+    args = ["train", "demo", "adapter.r=0", "--output", "never"]
+    done = subprocess.run([sys.executable, "-m", "d2mora.cli", *args], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "Traceback" not in done.stderr
-    assert "Traceback" in command("train", "demo", "adapter.r=0", "--output", "never", "--debug").stderr
-    assert command("--version").stdout.startswith("d2mora ")
+    forked = program(*args)
+    assert (forked.returncode, forked.stdout, forked.stderr) == (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" in program(*args, "--debug").stderr
+    assert program("--version").stdout.startswith("d2mora ")
     assert not os.path.exists("never")

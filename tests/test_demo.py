@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
+from program import program
 
 import d2mora.compare
 from d2mora.cli import main
@@ -16,16 +15,11 @@ from d2mora.recipe import load_recipe
 SHORT = {"training.max_steps": 2, "training.warmup_steps": 0, "training.disable_tqdm": True, "data.tasks": ["piqa"]}
 
 
-def command(*words, **kwargs):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "d2mora.cli", *map(str, words)], capture_output=True, text=True, env=env, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     "A short `d2mora demo` in an empty folder."
     folder = tmp_path_factory.mktemp("demo")
-    done = command("demo", "training.max_steps=12", "data.tasks=[boolq,piqa]", cwd=folder)
+    done = program("demo", "training.max_steps=12", "data.tasks=[boolq,piqa]", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "demo", done
 

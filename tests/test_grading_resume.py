@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from program import Program
 import torch
 
 from d2mora import protocols as module
@@ -31,8 +32,8 @@ def run(tmp_path_factory):
     return train(recipe, tmp_path_factory.mktemp("runs") / "run")
 
 
-def command(run, output, *more, launcher=()):
-    return [sys.executable, *(launcher or ()), "-m", "d2mora.cli", "evaluate", str(run), "--tasks", TASKS, "--output", str(output), "--batch-size", "8", *more]
+def words(run, output, *more):
+    return ["evaluate", str(run), "--tasks", TASKS, "--output", str(output), "--batch-size", "8", *more]
 
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -53,13 +54,13 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_table(run, tmp_path, protoc
     part, kills, dice = tmp_path / "killed" / f"evaluation-{protocol}.part-0.jsonl", 0, random.Random(0)
     wanted = sorted(dice.sample(range(5, int(2.4 * limit)), 2))  # kill when so many rows are there
     for rows in wanted:
-        process = subprocess.Popen(command(run, tmp_path / "killed", "--protocol", protocol, "--limit", str(limit)), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Program(*words(run, tmp_path / "killed", "--protocol", protocol, "--limit", limit))
         while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < rows):
             time.sleep(0.02)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
-        process.wait()
+        process.communicate()
         if part.exists():
             with part.open("a") as file:
                 file.write('{"hash": "torn')
@@ -77,8 +78,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_table(run, tmp_path, protoc
 def test_two_processes_share_the_rows(run, tmp_path):
     evaluate(run, tasks=TASKS.split(","), limit=60, output=tmp_path / "one", batch_size=8, progress=False)
     port = str(20000 + os.getpid() % 20000)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
-    done = subprocess.run([sys.executable, *launcher, *command(run, tmp_path / "two", "--limit", "60")[1:]], env=ENV, capture_output=True, text=True, timeout=280)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m", "d2mora.cli"]
+    done = subprocess.run([*launch, *words(run, tmp_path / "two", "--limit", "60")], env=ENV, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     assert table(tmp_path / "two", "choice") == table(tmp_path / "one", "choice")
     assert rows_by_hash(tmp_path / "two", "choice") == rows_by_hash(tmp_path / "one", "choice")

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from program import program
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -208,8 +209,7 @@ def test_code_beside_a_known_architecture_is_left_alone(base, sentinel):
 
 def test_a_yes_that_was_piped_in_trusts_nobody(base, sentinel):
     with_code(base, sentinel, "model")
-    command = [sys.executable, "-m", "d2mora.cli", "evaluate", "--base", str(base), *GRADE]
-    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300)
+    done = program("evaluate", "--base", base, *GRADE, stdin="y\n" * 9)
     assert (done.returncode, done.stdout) == (2, "") and "not run" in done.stderr
 
 
@@ -333,9 +333,9 @@ def test_the_yaml_bomb_goes_off_where_nobody_checks(sentinel):
 
 def peak(code):
     "What a process of its own prints that runs this, `mib()` being how much it came to hold since its imports; a bomb is to hurt itself only."
-    script = f"import resource, pathlib, yaml\nfrom d2mora.strangers import read_yaml, read_adapter\nheld = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\nbefore = held()\nmib = lambda: held() - before\n{code}"
-    limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (6 * 2**30, 6 * 2**30))
-    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=600, preexec_fn=limit)
+    limit = "resource.setrlimit(resource.RLIMIT_DATA, (6 * 2**30, 6 * 2**30))"
+    script = f"import resource, pathlib, yaml\nfrom d2mora.strangers import read_yaml, read_adapter\n{limit}\nheld = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\nbefore = held()\nmib = lambda: held() - before\n{code}"
+    done = program(script, {}, call=exec)
     assert done.returncode == 0, done.stderr[-500:]
     return done.stdout.split("\n")
 

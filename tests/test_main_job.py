@@ -1,11 +1,9 @@
 """The main job in a short form: real rows, a real base, the real commands; the loss on held-out answers falls."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from program import program
 
 from d2mora.cli import main
 from d2mora.data import read_task
@@ -20,8 +18,7 @@ TRAINED = [task for task in TASKS if task != "hellaswag"]
 
 def d2mora(*args):
     "Run the command in a process of its own; its stdout."
-    env = {"OMP_NUM_THREADS": "2"} | os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "d2mora.cli", *map(str, args)], capture_output=True, text=True, env=env)
+    done = program(*args)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

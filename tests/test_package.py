@@ -15,6 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from program import Program, program
 import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -116,20 +117,18 @@ def test_narrow_terminal_and_no_colour(tmp_path):
     "At 60 columns no line of a table or bar wraps, and nothing is coloured; in a pipe the table is whole, and bars stay on stderr."
     import fcntl
     import pty
+    import select
     import struct
     import termios
 
-    command = [sys.executable, "-m", "d2mora.cli", "evaluate", "--base", "toy", "--data", "toy", "--tasks", "boolq", "--limit", "4"]
+    words = ["evaluate", "--base", "toy", "--data", "toy", "--tasks", "boolq", "--limit", "4"]
     env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}  # the terminal itself is asked
-    piped = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    piped = program(*words, env=env)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
-    with subprocess.Popen(command, env=env, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        seen = b""
-        try:
-            while part := os.read(ours, 4096): seen += part
-        except OSError: pass  # the program has closed the terminal
+    process, seen = Program(*words, env=env, output=os.ttyname(theirs)), b""
+    while process.poll() is None or select.select([ours], [], [], 0.1)[0]:
+        if select.select([ours], [], [], 0.1)[0]: seen += os.read(ours, 4096)
     assert process.returncode == 0 and piped.returncode == 0, piped.stderr
     lines = re.split(r"[\r\n]+", seen.decode())
     tables = [line for line in lines if line.startswith("|")]

@@ -2,12 +2,11 @@
 
 import functools
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from program import program
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import peft
@@ -188,9 +187,9 @@ def test_command_mistakes_are_one_line_and_status_2(capsys, tmp_path):
 
 def test_the_command_of_the_7b_recipe_in_three_minutes(shared):
     tasks = "data.tasks=[boolq,piqa,social_i_qa,winogrande,ARC-Easy,ARC-Challenge,openbookqa]"
-    command = ["-m", "d2mora.cli", "train", "llama-7b-m3n8r8", f"data.path={shared}/data", tasks, "--tokenizer", f"{shared}/tokenizers/mistral-v1", "--dry-run"]
+    command = ["train", "llama-7b-m3n8r8", f"data.path={shared}/data", tasks, "--tokenizer", f"{shared}/tokenizers/mistral-v1", "--dry-run"]
     start = time.time()
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
+    done = program(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert time.time() - start < 180
     for part in ("35,788,800", "standing in for that of huggyllama/llama-7b", "105,675 rows", "answer lost", "A100-40     fits", "two steps:  done"):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from program import Program
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -94,9 +95,7 @@ def test_killed_twenty_times_and_not_a_bit_lost(tmp_path):
 
 def begin(output, *words):
     "Start `d2mora train` as a process of its own."
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    args = [sys.executable, "-m", "d2mora.cli", "train", "demo", *WORDS, "training.max_steps=2000", "training.save_steps=1000", *words, "--output", str(output)]
-    return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Program("train", "demo", *WORDS, "training.max_steps=2000", "training.save_steps=1000", *words, "--output", output)
 
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path):

@@ -3,12 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
+from program import program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import d2mora
@@ -155,8 +155,8 @@ def test_sizes_too_small_are_refused():
         toy_world(dict(SIZES, event=15))
     with pytest.raises(ValueError, match="different questions"):
         toy_rows("toy", "piqa", "test", 10_000)
-    script = [sys.executable, str(ROOT / "nbs" / "pretrain_base.py"), "--size", "3", "--output", "/nonexistent/x"]
-    done = subprocess.run(script, capture_output=True, text=True)
+    script = f"import runpy, sys\nsys.argv = ['pretrain_base.py', '--size', '3', '--output', '/nonexistent/x']\nrunpy.run_path({str(ROOT / 'nbs' / 'pretrain_base.py')!r}, run_name='__main__')"
+    done = program(script, {}, call=exec)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "at least 16" in done.stderr
 
 
