@@ -1,18 +1,22 @@
 """The comparison of notebook 12e: six methods on 16,000 real rows, on the base that real_base.py has made.
 
     python benchmarks/real_study.py --seeds 0,1,2       # runs/real; writes nbs/results/compare-real.json after every run
+    python benchmarks/real_study.py --budget paper      # the paper's proportions: compare-real-paper.json
 
-Seed 0 trains every method with three learning rates; the loss on validation rows chooses one. These runs are whole: a rate that is
-best after a tenth of the steps may break a run later. Then every method is trained, seed by seed, and graded on real test rows by `content`
-and `choice`, and by its loss on each of them: on the whole row, and on the answer alone. What is finished in runs/real is not done again, so
-a study that was killed, or is to have more seeds, goes on where it stopped.
+Seed 0 trains every method with three learning rates, at equal parameters; the loss on validation rows chooses one for both budgets. These
+runs are whole: a rate that is best after a tenth of the steps may break a run later. Then every method is trained, seed by seed, and graded on real test rows by `content`
+and `choice`, and by its loss on each of them: on the whole row, and on the answer alone. Two runs go at a time, a thread each (`--workers`).
+What is finished in runs/real is not done again, so a study that was killed, or is to have more seeds, goes on where it stopped.
 """
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +27,7 @@ import torch
 import transformers
 
 from d2mora.batches import collator_for, encode
-from d2mora.budgets import METHODS, adapters_at
+from d2mora.budgets import BUDGETS, METHODS, adapters_at
 from d2mora.compare import about_comparison, best_rate, held_out_loss, one_run, varied
 from d2mora.data import DataConfig, read_task
 from d2mora.evaluate import evaluate, load_target
@@ -122,36 +126,53 @@ def finished(recipe: Recipe, folder: Path, method: str, limit: int) -> dict:
         with clocked(clock): one_run(recipe, folder, PROTOCOLS, limit), test_losses(recipe, folder, limit, folder)
     return {"method": method, "cpu_seconds": round(seconds(clock))} | one_run(recipe, folder, PROTOCOLS, limit) | {"losses": loss_figures(test_losses(recipe, folder, limit, folder), recipe.data.tasks)}
 
+def quiet() -> None:
+    "One thread, and no messages of libraries: of each process."
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.disable_progress_bars()
+
+@contextmanager
+def workers(count: int) -> Iterator[Callable]:
+    "A `map` whose calls run in so many processes of their own, or in this one."
+    if count == 1: yield map
+    else:
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), quiet) as pool: yield pool.map
+
 def place(folder: Path, method: str, rate: float, seed: int) -> Path:
     "Where a run lies."
     return folder/method/f"learning-rate-{rate:g}"/f"seed-{seed}"
 
-def choose(recipe: Recipe, folder: Path, adapters: dict[str, dict], args) -> dict[str, dict[str, float | None]]:
+def tried(recipe: Recipe, folder: Path) -> float | None:
+    "Validation loss of a run."
+    with clocked(folder/"seconds.json"): return held_out_loss(recipe, folder)
+
+def choose(recipe: Recipe, folder: Path, adapters: dict[str, dict], args, each: Callable) -> dict[str, dict[str, float | None]]:
     "Validation loss by method and learning rate: whole runs of one seed."
-    def one(method, rate):
-        with clocked((run := place(folder, method, rate, CHOOSING_SEED))/"seconds.json"):
-            return held_out_loss(varied(recipe, adapters[method], learning_rate=rate, seed=CHOOSING_SEED), run)
+    rates: dict[str, dict[str, float | None]] = {m: {} for m in adapters}
+    tries = [(m, rate) for m in adapters for rate in args.learning_rates]
+    jobs = [(varied(recipe, adapters[m], learning_rate=rate, seed=CHOOSING_SEED), place(folder, m, rate, CHOOSING_SEED)) for m, rate in tries]
+    for loss, (m, rate) in zip(each(tried, *zip(*jobs)), tries): rates[m][f"{rate:g}"] = loss
+    return rates
 
-    return {m: {f"{rate:g}": one(m, rate) for rate in args.learning_rates} for m in adapters}
-
-def study(recipe: Recipe, folder: Path, args) -> None:
-    "Every method with every seed, seed by seed; the result file is renewed after each run."
-    adapters = adapters_at(recipe, "equal", args.methods)
-    result = about_comparison(recipe, "equal", args.limit) | {"command": "python benchmarks/real_study.py --seeds " + ",".join(map(str, args.seeds)), "planned_seeds": args.seeds, "methods": adapters}
+def study(recipe: Recipe, folder: Path, args, each: Callable) -> None:
+    "Every method with every seed, seed by seed; the result file is renewed after each run. `each` is a `map`."
+    adapters, equal = (adapters_at(recipe, budget, args.methods) for budget in (args.budget, "equal"))
+    command = f"python benchmarks/real_study.py{' --budget paper' * (args.budget == 'paper')} --seeds {','.join(map(str, args.seeds))}"
+    result = about_comparison(recipe, args.budget, args.limit) | {"command": command, "planned_seeds": args.seeds, "methods": adapters}
     result["rows"] = {"train": recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"], "validation": recipe.data.validation_rows}
     result["base_sha256"] = sha256((Path(recipe.base)/"model.safetensors").read_bytes()).hexdigest()
-    result["learning_rates"] = rates = choose(recipe, folder, adapters, args)
+    result["learning_rates"] = rates = choose(recipe, folder, equal, args, each)
     left = [place(folder, m, float(rate), CHOOSING_SEED)/"seconds.json" for m, losses in rates.items() for rate in losses if float(rate) != best_rate(losses)]
     result |= {"rates_left_cpu_seconds": round(sum(map(seconds, left))), "frozen": frozen(recipe, folder/"frozen", args.limit), "runs": [], "paired": {}}
-    for seed in args.seeds:
-        at = {m: place(folder, m, best_rate(rates[m]), seed) for m in adapters}
-        for method, adapter in adapters.items():
-            one = varied(recipe, adapter, learning_rate=best_rate(rates[method]), seed=seed)
-            result["runs"].append(finished(one, at[method], method, args.limit))
-            done = [r["method"] for r in result["runs"] if r["seed"] == seed]
-            if method == REFERENCE: result["paired"][str(seed)] = {m: held_against(at[m], at[REFERENCE], recipe, args.limit) for m in done if m != REFERENCE}
-            write_text(args.results, json.dumps(result, indent=1) + "\n")
-            print(f"{len(result['runs'])} of {len(args.seeds) * len(adapters)} runs: {method}, seed {seed}", file=sys.stderr, flush=True)
+    at = {m: folder if adapters[m] == equal[m] else folder/args.budget for m in adapters}  # one size at both budgets: one run
+    where = {(seed, m): place(at[m], m, best_rate(rates[m]), seed) for seed in args.seeds for m in adapters}
+    jobs = [(varied(recipe, adapters[m], learning_rate=best_rate(rates[m]), seed=seed), run, m, args.limit) for (seed, m), run in where.items()]
+    for run, (seed, method) in zip(each(finished, *zip(*jobs)), where):
+        result["runs"].append(run)
+        done = [r["method"] for r in result["runs"] if r["seed"] == seed]
+        if method == REFERENCE: result["paired"][str(seed)] = {m: held_against(where[seed, m], where[seed, REFERENCE], recipe, args.limit) for m in done if m != REFERENCE}
+        write_text(args.results, json.dumps(result, indent=1) + "\n")
+        print(f"{len(result['runs'])} of {len(jobs)} runs: {method}, seed {seed}", file=sys.stderr, flush=True)
 
 def main(argv=None) -> None:
     "Command line."
@@ -159,17 +180,19 @@ def main(argv=None) -> None:
     parser.add_argument("overrides", nargs="*", help="base=FOLDER, section.key=value: values of benchmarks/real.yaml")
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]
     parser.add_argument("--methods", type=numbers(str), default=list(METHODS), help=f"{REFERENCE} is the one that the others are held against")
+    parser.add_argument("--budget", choices=BUDGETS, default="equal", help="equal parameters, or the paper's proportions")
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2, 3, 4], help=f"runs of seed {CHOOSING_SEED} choose the learning rates, whether it stands here or not")
     parser.add_argument("--learning-rates", type=numbers(float), default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--limit", type=int, default=300, help="test rows a task")
     parser.add_argument("--output", type=Path, default=ROOT/"runs/real")
-    parser.add_argument("--results", type=Path, default=ROOT/"nbs/results/compare-real.json")
+    parser.add_argument("--results", type=Path, help="default: nbs/results/compare-real.json, compare-real-paper.json")
     args = parser.parse_args(argv)
-    study(load_recipe(ROOT/"benchmarks/real.yaml", args.overrides), args.output, args)
+    args.results = args.results or ROOT/"nbs/results"/f"compare-real{'-paper' * (args.budget == 'paper')}.json"
+    with workers(args.workers) as each: study(load_recipe(ROOT/"benchmarks/real.yaml", args.overrides), args.output, args, each)
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar(), datasets.disable_progress_bars()
+    quiet()
     os.chdir(ROOT)  # the recipe names its folders from here
     try: main()
     except ValueError as error: print(f"real_study: {error}", file=sys.stderr), sys.exit(2)

@@ -69,10 +69,10 @@ def test_a_stopped_base_goes_on_to_the_same_weights(data, base, tmp_path, monkey
     assert again["sha256"] == base[1]["sha256"] and again["steps"] == base[1]["steps"] == 12
 
 
-def study(folder, *more, methods="lora,d2mora"):
+def study(folder, *more, methods="lora,d2mora", results="result"):
     real_study.main([f"base={folder}/base", f"data.path={folder}/data", "training.max_steps=3", "training.per_device_train_batch_size=4", "data.validation_rows=60",
-                     "training.warmup_steps=1", "--limit", "4", "--methods", methods,
-                     "--output", str(folder/"study"), "--results", str(folder/"result.json"), *more])
+                     "training.warmup_steps=1", "--limit", "4", "--methods", methods, *([] if "--workers" in more else ["--workers", "1"]),
+                     "--output", str(folder/"study"), "--results", str(folder/f"{results}.json"), *more])
 
 
 def test_the_study_stops_goes_on_and_takes_more_seeds(base, monkeypatch):
@@ -102,6 +102,12 @@ def test_the_study_stops_goes_on_and_takes_more_seeds(base, monkeypatch):
     assert mean(result["runs"][1]["held_out"].values()) == result["learning_rates"]["d2mora"][best["d2mora"]]
     assert set(result["paired"]) == {"0", "1"} and result["paired"]["0"]["lora"]["content"]["all rows"]["n"] == 4 * len(TASKS)
     assert all(set(r["losses"]["answer"]) == {*TASKS, "average"} for r in result["runs"])
+
+    study(folder, "--budget", "paper", "--seeds", "0", "--learning-rates", "0.001,0.003", "--workers", "2", results="paper")
+    paper, path = json.loads((folder/"paper.json").read_text()), folder/"study/paper"
+    assert [p.name for p in path.iterdir()] == ["lora"] and [p.name for p in (path/"lora").iterdir()] == [f"learning-rate-{best['lora']}"]  # the rate is that of the equal size
+    assert paper["budget"] == "paper" and paper["runs"][1] == result["runs"][1] and paper["runs"][0]["parameters"] > result["runs"][0]["parameters"]
+    assert paper["learning_rates"] == result["learning_rates"] and "--budget paper" in paper["command"] and saved() == before
 
 
 def test_losses_of_a_batch_are_those_of_its_rows_alone(base):
