@@ -208,7 +208,7 @@ def draw_curves(
     return headline(figure, f"The loss goes from {start:.2f} to {end:.2f} nats per graded token, first and last tenth{hardest}{f'; alarms at the end: {alarm}' if alarm else ''}", "Curves over the training steps: loss" + f", {what} loss of each task" * bool(tasks)
                     + ", orthogonality loss of A's and B's" * parts["orthogonality"] + ", gradient norms of A's, B's and routers" * parts["norms"])
 
-# %% ../nbs/11d_alarms.ipynb #7ed70abe
+# %% ../nbs/11d_alarms.ipynb #96ff9463
 def _loss_panel(ax, lines, colors):
     ax.plot(*logged(lines, "loss"), color=colors["loss"], label="training rows")
     if held := logged(lines, "eval_loss")[0]: ax.plot(held, logged(lines, "eval_loss")[1], "o--", color=colors["text"], label="held-out rows, mean of tasks"), ax.legend()
@@ -235,7 +235,7 @@ def _orthogonality_panel(ax, lines, colors):
     for side, style in (("down", "-"), ("up", "--")):
         own = logged(lines, f"orthogonality_{side}")
         ax.plot(*own, style, color=colors[side], label=f"{NAMES[side]} ({side}), at the end {own[1][-1]:.3g}", clip_on=False)
-    ax.set(title="orthogonality loss, before it is weighed by λ", xlabel="step", ylabel="|cosine|, summed over\npairs and layers", ylim=(0, 1.35 * ax.get_ylim()[1])), ax.legend(loc="upper right")
+    ax.set(title="orthogonality loss, without λ", xlabel="step", ylabel="|cosine|, summed over\npairs and layers", ylim=(0, 1.35 * ax.get_ylim()[1])), ax.legend(loc="upper right")
 
 
 def _norms_panel(ax, lines, colors):

@@ -188,7 +188,7 @@ def draw_effective(
             words.append(f"{np.mean(each):.1f} of {count} {SIDES[side].split()[0]} (least in a layer: {min(each):.1f})")
     return headline(figure, f"A token uses on average {' and '.join(words)}", "Curves over the adapted layers, one panel for each side: exponential of the entropy of a token's weights and of the mean weights")
 
-# %% ../nbs/11b_routing.ipynb #679e9cc3
+# %% ../nbs/11b_routing.ipynb #9fcef419
 def surprise(
     weights: Tensor,  # (M, N), from `meetings`
 ) -> Tensor:          # (M, N): 1 where A and B meet as often as independent routers would have them
@@ -209,7 +209,7 @@ def draw_meetings(
         for (ax,), layer in zip(axes, shown):
             i, j = divmod(int((surprise(means[layer]) - 1).abs().argmax()), N)
             heat(ax, 100 * means[layer], MAPS["router"], top, form="{:.1f}".format)
-            ax.add_patch(_frame(i, j, colors["text"])), ax.set_title(f"{short(layer)}, % of the weight; framed, least independent: A{i + 1} with B{j + 1}, {surprise(means[layer])[i, j]:.2f} × their shares' product")
+            ax.add_patch(_frame(i, j, colors["text"])), ax.set_title(f"{short(layer)}, % of the weight; framed: A{i + 1} with B{j + 1}, {surprise(means[layer])[i, j]:.2f} × as if independent")
             ax.set(xticks=range(N), yticks=range(M)), ax.set_xticklabels(expert_names("up", N)), ax.set_yticklabels(expert_names("down", M))
     least, equal = 100 * min(w.min().item() for w in means.values()), 100 / M / N
     return headline(figure, f"{'Every A meets every B' if least > equal / 10 else 'Some pairs hardly meet'}: over all layers a pair has {least:.1f} to {top:.1f} % of the weight (an equal share: {equal:.1f} %)",

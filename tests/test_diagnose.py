@@ -9,13 +9,16 @@ import peft
 import pytest
 import torch
 from helpers import adapted, fill, our_config, tiny_llama, tokens
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from d2mora import ablations, alarms, likeness, routing
 from d2mora.alarms import Watch
+from d2mora.pictures import canvas, headline
 from d2mora.recipe import load_recipe
-from d2mora.report import report
+from d2mora.report import draw_results, report
 from d2mora.runs import read_metrics
 from d2mora.train import train
+from d2mora.verdicts import draw_comparison
 
 SHORT = {"training.max_steps": 12, "training.logging_steps": 2, "training.disable_tqdm": True, "data.tasks": ["piqa", "boolq"], "adapter.target_modules": ["q_proj", "v_proj"]}
 ROOT = Path(__file__).parents[1]
@@ -175,10 +178,33 @@ def test_a_lasting_alarm_is_told_once_in_one_line(tmp_path, capsys):
 
 
 # ---- a run's folder ----
-def test_report_shows_every_picture_with_its_description(tmp_path):
-    from d2mora.diagnose import draw
-    run = shutil.copytree(ROOT / "nbs/results/demo", tmp_path / "run")
-    drawn = draw(run)
+def cut_off(figure):
+    "Titles, labels, legends and other texts of a figure that do not lie on it as a whole."
+    figure.set_dpi(110), FigureCanvasAgg(figure).draw()  # as it is saved
+    legends = [*figure.legends, *filter(None, (ax.get_legend() for ax in figure.axes))]
+    texts = [*figure.texts, *(text for ax in figure.axes for text in (ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label, *ax.texts)), *(text for own in legends for text in own.get_texts())]
+    outside = lambda box: box.x0 < -1 or box.y0 < -1 or box.x1 > figure.bbox.x1 + 1 or box.y1 > figure.bbox.y1 + 1
+    return [text.get_text() for text in texts if text.get_text() and outside(text.get_window_extent())]
+
+
+def test_a_text_that_is_cut_off_is_noticed():
+    with canvas(width=3) as (figure, ((ax,),), _): ax.set_title("a title that is far too long for so small a figure")
+    assert len(cut_off(headline(figure, "short", "a figure"))) == 1
+
+
+def test_no_grade_has_a_text_cut_off():
+    before, after = (json.loads((ROOT / f"nbs/results/demo/{name}.json").read_text()) for name in ("before", "evaluation-choice"))
+    for named in ({"a-run-with-a-long-name": after}, {"frozen base": before, "with the adapter": after}, {f"run {k}": after for k in range(5)}):
+        assert cut_off(draw_results(named)) == []
+    assert cut_off(draw_comparison(json.loads((ROOT / "nbs/results/compare-toy-hard.json").read_text()))) == []
+
+
+def test_report_shows_every_picture_with_its_description(tmp_path, monkeypatch):
+    from d2mora import diagnose
+    run, figures, save = shutil.copytree(ROOT / "nbs/results/demo", tmp_path / "run"), {}, diagnose.save_picture
+    monkeypatch.setattr(diagnose, "save_picture", lambda figure, folder, name: (save(figure, folder, name), figures.update({name: figure}))[0])
+    drawn = diagnose.draw(run)
+    assert {name: cut for name, figure in figures.items() if (cut := cut_off(figure))} == {}
     text = report(run)
     assert {"loss", "routers", "similarity", "tokens"} <= {path.stem for path in drawn} and not (run / "plots/ablations.png").exists()  # not graded here
     for path in drawn: assert f"](plots/{path.name})" in text and path.with_suffix(".svg").is_file()
