@@ -110,6 +110,35 @@ def test_the_study_stops_goes_on_and_takes_more_seeds(base, monkeypatch):
     assert paper["learning_rates"] == result["learning_rates"] and "--budget paper" in paper["command"] and saved() == before
 
 
+def test_seeds_are_added_to_a_result_file_whose_runs_are_gone(base, tmp_path, monkeypatch):
+    folder, work, trained = base[0], real_study.one_run, []
+    monkeypatch.setattr(real_study, "one_run", lambda recipe, *rest: trained.append(recipe.training["seed"]) or work(recipe, *rest))
+    alone = ["--results", str(tmp_path/"result.json"), "--learning-rates", "0.001", "--seeds"]
+    study(folder, *alone, "0", "--output", str(tmp_path/"here"))
+    first = json.loads((tmp_path/"result.json").read_text())
+    assert {*trained} == {0} and first["kept_seeds"] == {}
+
+    trained.clear()
+    own, first["base_sha256"] = first["base_sha256"], "of another machine"
+    (tmp_path/"result.json").write_text(json.dumps(first))
+    study(folder, *alone, "0,1", "--add", "--output", str(tmp_path/"there"))
+    result = json.loads((tmp_path/"result.json").read_text())
+    assert {*trained} == {1} and not list(tmp_path.glob("there/*/*/seed-0")) and result["kept_seeds"] == {"0": "of another machine"}
+    assert result["runs"][:2] == first["runs"] and [(r["method"], r["seed"]) for r in result["runs"][2:]] == [("lora", 1), ("d2mora", 1)]
+    assert set(result["paired"]) == {"0", "1"} and result["paired"]["0"] == first["paired"]["0"]
+    assert all(result[key] == first[key] for key in ("learning_rates", "frozen", "rates_left_cpu_seconds"))
+    study(folder, *alone, "0,1", "--add", "--output", str(tmp_path/"nowhere"))
+    assert json.loads((tmp_path/"result.json").read_text()) == result and {*trained} == {1} and not (tmp_path/"nowhere").exists()
+    study(folder, *alone, "0,1,2", "--add", "--output", str(tmp_path/"there"))
+    result = json.loads((tmp_path/"result.json").read_text())
+    assert result["kept_seeds"] == {"0": "of another machine", "1": own} and len(result["runs"]) == 6
+
+    for wrong, says in ((["--limit", "3"], "another study, with other limit"), (["--learning-rates", "0.001,0.003"], "with other learning rates"),
+                        (["--results", str(tmp_path/"none.json")], "to add seeds to")):
+        with pytest.raises(ValueError, match=says): study(folder, *alone, "3", "--add", *wrong)
+    assert json.loads((tmp_path/"result.json").read_text()) == result
+
+
 def test_losses_of_a_batch_are_those_of_its_rows_alone(base):
     folder, rows = base[0], read_task(str(base[0]/"data"), "piqa", "test").to_list()
     model, tokenizer, _ = load_target(None, str(folder/"base"))
