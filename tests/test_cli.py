@@ -3,13 +3,15 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from program import program
 
-from d2mora.cli import main
+from d2mora.cli import app, main
 from d2mora.tasks import toy_base, toy_rows
 from d2mora.recipe import load_recipe
 from d2mora.train import train
@@ -162,12 +164,26 @@ def test_bad_commands(args, capsys):
     one_line(capsys, *args)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["demo", "--help"], ["compare", "--help"], ["export", "--help"]])
 def test_help_fits_a_screen_and_has_an_example(args, capsys):
     assert main(args) == 0
     out = capsys.readouterr().out
     assert "Example" in out and len(out.splitlines()) <= 30 and max(map(len, out.splitlines())) <= 100
     assert args[0] != "evaluate" or len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= 80
+
+
+def not_said(readme):
+    "Commands that the README's table leaves out, and options in it that a command does not have."
+    rows = [re.match(r"\| `d2mora (\w+)(.*?)` \|", line) for line in readme.splitlines()]
+    named = [(row[1], re.findall(r"--[a-z-]+", row[2])) for row in rows if row]
+    has = {name: {option for p in command.params for option in p.opts} for name, command in app.commands.items()}
+    return [*(set(has) - {name for name, _ in named}), *(f"{name} {option}" for name, options in named for option in options if option not in has.get(name, ()))]
+
+
+def test_the_readme_has_every_command():
+    text = (Path(__file__).parents[1]/"README.md").read_text()
+    assert not_said(text) == []
+    assert not_said(re.sub(r"\| `d2mora compare.*\n", "", text).replace("--distill", "--distil")) == ["compare", "export --distil"]
 
 
 def test_the_program_itself():
