@@ -4,11 +4,13 @@
     python benchmarks/real_study.py --budget paper      # the paper's proportions: compare-real-paper.json
 
 Seed 0 trains every method with three learning rates, at equal parameters; the loss on validation rows chooses one for both budgets. These
-runs are whole: a rate that is best after a tenth of the steps may break a run later. Then every method is trained, seed by seed, and graded on real test rows by `content`
-and `choice`, and by its loss on each of them: on the whole row, and on the answer alone. Two runs go at a time, a thread each (`--workers`).
+runs are whole: a rate that is best after a tenth of the steps may break a run later. Then every method is trained, seed by seed, and graded
+on real test rows by `content` and `choice`, and by its loss on each of them: on the whole row, and on the answer alone. Two runs go at a
+time, a thread each (`--workers`).
+
 What is finished in runs/real is not done again, so a study that was killed, or is to have more seeds, goes on where it stopped. `--add` goes
-on from the result file alone: more seeds on another machine, which needs a base (real_base.py) but none of the runs. Where its processor
-rounds otherwise, its base is another one: `kept_seeds` says on which base each kept seed was run. Methods are compared within a seed.
+on from the result file alone: its whole seeds stay, whichever are asked for, and none of their runs need be here. Where a processor rounds
+otherwise, real_base.py makes another base: `kept_seeds` says on which base each kept seed was run. Methods are compared within a seed.
 """
 import argparse
 import json
@@ -160,13 +162,14 @@ def kept(path: Path, result: dict, rates: list[float]) -> dict:
     "What a result file of the same study holds, to add seeds to: its choice of learning rates, and the whole seeds with their base."
     if not path.is_file(): raise ValueError(f"--add: there is no {path} to add seeds to. Leave it out for a new study, or name another --results")
     old = json.loads(path.read_text())
-    other = ["learning rates to choose from"] * any(set(tried) != {f"{rate:g}" for rate in rates} for tried in old["learning_rates"].values())
+    other = ["learning rates to choose from"] * any(set(own) != {f"{rate:g}" for rate in rates} for own in old["learning_rates"].values())
     other += [key for key, value in result.items() if key not in ("command", "planned_seeds", "base_sha256") and old.get(key) != json.loads(json.dumps(value))]
     if other: raise ValueError(f"{path} is of another study, with other {', '.join(other)}. Leave out --add, or name another --results")
-    whole = [seed for seed in result["planned_seeds"] if str(seed) in old["paired"] and sum(r["seed"] == seed for r in old["runs"]) == len(result["methods"])]
+    whole = [seed for seed in old["planned_seeds"] if sum(r["seed"] == seed for r in old["runs"]) == len(result["methods"])]
     bases = {str(seed): old.get("kept_seeds", {}).get(str(seed), old["base_sha256"]) for seed in whole}
-    return {"learning_rates": old["learning_rates"], "rates_left_cpu_seconds": old["rates_left_cpu_seconds"], "frozen": old["frozen"], "kept_seeds": bases,
-            "runs": [r for r in old["runs"] if r["seed"] in whole], "paired": {str(seed): old["paired"][str(seed)] for seed in whole}}
+    return {key: old[key] for key in ("learning_rates", "rates_left_cpu_seconds", "frozen")} | {
+            "planned_seeds": list(dict.fromkeys([*whole, *result["planned_seeds"]])), "kept_seeds": bases,
+            "runs": [r for r in old["runs"] if r["seed"] in whole], "paired": {seed: tests for seed, tests in old["paired"].items() if int(seed) in whole}}
 
 def begun(recipe: Recipe, folder: Path, equal: dict[str, dict], args, each: Callable) -> dict:
     "Learning rates, chosen at equal parameters, and the base without an adapter; no runs yet."
@@ -177,14 +180,14 @@ def begun(recipe: Recipe, folder: Path, equal: dict[str, dict], args, each: Call
 def study(recipe: Recipe, folder: Path, args, each: Callable) -> None:
     "Every method with every seed, seed by seed; the result file is renewed after each run. `each` is a `map`."
     adapters, equal = (adapters_at(recipe, budget, args.methods) for budget in (args.budget, "equal"))
-    command = f"python benchmarks/real_study.py{' --budget paper' * (args.budget == 'paper')} --seeds {','.join(map(str, args.seeds))}"
+    command = f"python benchmarks/real_study.py{' --budget paper' * (args.budget == 'paper')} --seeds {','.join(map(str, args.seeds))}{' --add' * args.add}"
     result = about_comparison(recipe, args.budget, args.limit) | {"command": command, "planned_seeds": args.seeds, "methods": adapters}
     result["rows"] = {"train": recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"], "validation": recipe.data.validation_rows}
     result["base_sha256"] = sha256((Path(recipe.base)/"model.safetensors").read_bytes()).hexdigest()
     result |= kept(args.results, result, args.learning_rates) if args.add else begun(recipe, folder, equal, args, each)
     rates, done = result["learning_rates"], len(result["runs"])
     at = {m: folder if adapters[m] == equal[m] else folder/args.budget for m in adapters}  # one size at both budgets: one run
-    where = {(seed, m): place(at[m], m, best_rate(rates[m]), seed) for seed in args.seeds if str(seed) not in result["kept_seeds"] for m in adapters}
+    where = {(seed, m): place(at[m], m, best_rate(rates[m]), seed) for seed in result["planned_seeds"] if str(seed) not in result["kept_seeds"] for m in adapters}
     jobs = [(varied(recipe, adapters[m], learning_rate=best_rate(rates[m]), seed=seed), run, m, args.limit) for (seed, m), run in where.items()]
     for run, (seed, method) in zip(each(finished, *zip(*jobs)) if jobs else (), where):
         result["runs"].append(run)
@@ -205,7 +208,7 @@ def main(argv=None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--limit", type=int, default=300, help="test rows a task")
     parser.add_argument("--output", type=Path, default=ROOT/"runs/real")
-    parser.add_argument("--add", action="store_true", help="keep learning rates and whole seeds of the result file, whose runs need not be here")
+    parser.add_argument("--add", action="store_true", help="add the seeds to those that are whole in the result file, at its learning rates; its runs need not be here")
     parser.add_argument("--results", type=Path, help="default: nbs/results/compare-real.json, compare-real-paper.json")
     args = parser.parse_args(argv)
     args.results = args.results or ROOT/"nbs/results"/f"compare-real{'-paper' * (args.budget == 'paper')}.json"

@@ -129,9 +129,10 @@ def test_seeds_are_added_to_a_result_file_whose_runs_are_gone(base, tmp_path, mo
     assert all(result[key] == first[key] for key in ("learning_rates", "frozen", "rates_left_cpu_seconds"))
     study(folder, *alone, "0,1", "--add", "--output", str(tmp_path/"nowhere"))
     assert json.loads((tmp_path/"result.json").read_text()) == result and {*trained} == {1} and not (tmp_path/"nowhere").exists()
-    study(folder, *alone, "0,1,2", "--add", "--output", str(tmp_path/"there"))
+    study(folder, *alone, "2", "--add", "--output", str(tmp_path/"there"))
     result = json.loads((tmp_path/"result.json").read_text())
     assert result["kept_seeds"] == {"0": "of another machine", "1": own} and len(result["runs"]) == 6
+    assert result["planned_seeds"] == [0, 1, 2] and result["command"].endswith("--seeds 2 --add") and set(result["paired"]) == {"0", "1", "2"}
 
     for wrong, says in ((["--limit", "3"], "another study, with other limit"), (["--learning-rates", "0.001,0.003"], "with other learning rates"),
                         (["--results", str(tmp_path/"none.json")], "to add seeds to")):
