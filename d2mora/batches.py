@@ -15,14 +15,15 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import DataConfig, column, survey
-from .tasks import evaluating, training_prompt
+from .data import ALIKE, DataConfig, column, survey
+from .tasks import content_pairs, evaluating, question_and_texts, training_prompt
 
 if TYPE_CHECKING:
     import datasets
@@ -151,7 +152,7 @@ def cache_key(
 ) -> str:                      # the same for the same tokens
     "What encoded rows depend on, in one word."
     from datasets.fingerprint import Hasher
-    functions = (encode, encode_row, tokenize, answer_start, shorten_prompt, training_prompt)
+    functions = (encode, encode_row, tokenize, answer_start, shorten_prompt, training_prompt, content_pairs, question_and_texts)
     settings = (config.prompt, config.cutoff, config.truncation, config.train_on_inputs)
     return Hasher.hash((rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, settings, [inspect.getsource(f) for f in functions]))
 
@@ -206,6 +207,8 @@ def prepare(
 ) -> Prepared:                 # encoded rows and counts
     "Encode, count and split the rows of a recipe."
     check_tokenizer(tokenizer)
+    if config.prompt == "cloze" and Path(config.path or "").is_file() and {*ALIKE} & {*column(rows, "task")}:
+        raise ValueError(f"data.prompt=cloze: in one file the rows of {', '.join(ALIKE)} cannot be told apart, and their questions are put differently: use a folder with one folder a task")
     coded = encode_rows(rows, config, tokenizer)
     tasks, fates = column(coded, "task"), column(coded, "fate")
     found, hit = survey(rows, config.path), count_fates(tasks, fates)

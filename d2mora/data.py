@@ -31,7 +31,7 @@ class DataConfig:
     "The `data:` section of a recipe."
     path: str | None = None             # folder of tasks, one commonsense_170k.json, `toy` or `toy-hard`
     tasks: list[str] = field(default_factory=lambda: list(TASKS))  # which of the eight to train on
-    prompt: Literal["plain", "official"] = "plain"  # prompt style
+    prompt: Literal["plain", "official", "cloze"] = "plain"  # prompt style
     train_on_inputs: bool = False       # grade the prompt's tokens too (as published)
     cutoff: int = 512                   # longest row, in tokens, EOS included
     truncation: Literal["prompt", "skip", "published"] = "prompt"  # what to do with longer rows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'WORDS', 'MANY', 'REFUSED', 'LEAST', 'Recipe', 'recipe_names', 'read_recipe', 'choices', 'describe', 'narrow',
            'converted', 'check_section', 'hint_key', 'adapter_class', 'adapter_config', 'check_training',
-           'parse_override', 'override', 'all_keys', 'absolute', 'load_recipe', 'base_folder', 'load_base',
+           'parse_override', 'override', 'all_keys', 'absolute', 'load_recipe', 'is_gguf', 'base_folder', 'load_base',
            'max_positions', 'check_cutoff', 'adapted_base']
 
 # %% ../nbs/08c_recipe.ipynb #0ed0d8a0
@@ -240,11 +240,19 @@ def load_recipe(
     return Recipe(absolute(raw["base"]), adapter, data, training)
 
 # %% ../nbs/08c_recipe.ipynb #938e1797
+def is_gguf(base: str) -> bool:
+    "Whether a base is in GGUF, llama.cpp's form: a file, a folder of such files, or a hub name that ends so."
+    path = Path(base).expanduser()
+    if path.is_dir(): return not (path/"config.json").is_file() and any(p.suffix.lower() == ".gguf" for p in path.iterdir())
+    return base.lower().endswith(("gguf",))
+
+
 def base_folder(
     base: str,  # as in a recipe
 ) -> str:       # what `from_pretrained` gets
     "The embedded base's folder for `toy`, the name itself otherwise."
     if base == "toy": return toy_base()
+    if is_gguf(base): raise ValueError(f"base '{base}' cannot be loaded: GGUF holds quantized weights for inference; name the model's Hugging Face folder or hub name, or convert it as scripts/smollm2.py does")
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
     if looks_local and not Path(base).is_dir(): raise ValueError(f"base '{base}' cannot be loaded: there is no such folder")
     return base

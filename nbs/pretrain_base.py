@@ -51,7 +51,7 @@ def vocabulary(world) -> list[str]:
     "Every word of the world, of both prompt templates, of the tasks' instructions and of the documents."
     text = [GLUE, *WORDS, *sum(LABELS, []), *(x for x, _ in world.facts), *(v for r in T.RELATIONS.values() for v in r.values),
             *(s for r in T.RELATIONS.values() for s in (*r.says, r.asks))]
-    for style, extra, task in product(T.PROMPT_STYLES, ("", "x"), T.TASKS):
+    for style, extra, task in product(("plain", "official"), ("", "x"), T.TASKS):
         row = dict(T.toy_rows("toy-hard", task, "test", 4, world=world)[0], input=extra)
         text += [T.evaluation_prompt(row, style), row["output"], *T.TASKS[task].answers]
     return ["<pad>", "<s>", "</s>", "<unk>", *sorted(set(cut(" ".join(text))) - {"x"})]
