@@ -106,7 +106,8 @@ def recipe_of(job: Job, args) -> Recipe:
     recipe = load_recipe(FORMATS[job.format], {"base": str(args.base), "data.path": str(args.data), "data.validation_rows": args.validation_rows})
     steps = max(1, (args.rows - args.validation_rows) // recipe.training["per_device_train_batch_size"] // job.share)
     adapter = adapters_at(recipe, "equal", (job.method,))[job.method]
-    return varied(recipe, adapter, learning_rate=job.rate, seed=job.seed, max_steps=steps, warmup_steps=max(1, steps // 30), disable_tqdm=True)
+    return varied(recipe, adapter, learning_rate=job.rate, seed=job.seed, max_steps=steps, warmup_steps=max(1, steps // 30), disable_tqdm=True,
+                  use_cpu=not torch.cuda.is_available())
 
 def about(args) -> dict:
     "On what a job was run."
