@@ -104,7 +104,7 @@ class Eager(transformers.TrainerCallback):
 def recipe_of(job: Job, args) -> Recipe:
     "The recipe of a job: its method's adapter, its rate, seed and number of steps."
     recipe = load_recipe(FORMATS[job.format], {"base": str(args.base), "data.path": str(args.data), "data.validation_rows": args.validation_rows})
-    steps = max(1, (args.rows - args.validation_rows) // recipe.training["per_device_train_batch_size"] // job.share)
+    steps = max(1, (args.rows - args.validation_rows) // (recipe.training["per_device_train_batch_size"] * recipe.training["gradient_accumulation_steps"]) // job.share)
     adapter = adapters_at(recipe, "equal", (job.method,))[job.method]
     return varied(recipe, adapter, learning_rate=job.rate, seed=job.seed, max_steps=steps, warmup_steps=max(1, steps // 30), disable_tqdm=True,
                   use_cpu=not torch.cuda.is_available())
