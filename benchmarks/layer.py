@@ -44,10 +44,10 @@ RIVALS = ("LoRA r 64", "LoRA r 45", "loops")
 
 def loop_update(layer, name, x):
     "The update of a layer, expert by expert, with a dropout for each A."
-    config, A, B = layer.adapter_config[name], layer.d2mora_A[name], layer.d2mora_B[name]
-    w_down = F.softmax(F.linear(x, layer.d2mora_router_down[name]), -1)
+    config, (A, B) = layer.adapter_config[name], layer.experts(name)
+    w_down = F.softmax(F.linear(x, layer.d2mora_router_down[name].weight), -1)
     z = sum(w_down[..., i, None] * F.linear(F.dropout(x, config.lora_dropout, layer.training), A[i]) for i in range(len(A)))
-    w_up = F.softmax(F.linear(z, layer.d2mora_router_up[name]), -1)
+    w_up = F.softmax(F.linear(z, layer.d2mora_router_up[name].weight), -1)
     return sum(w_up[..., j, None] * (z @ B[j]) for j in range(len(B))) * (config.lora_alpha / config.r)
 
 @contextmanager

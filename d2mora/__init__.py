@@ -8,7 +8,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it
 
 from d2mora.orthogonality import attach_orthogonality, orthogonality_loss
 from d2mora.published import convert_official_checkpoint
-from d2mora.tuner import D2MoraConfig, D2MoraModel
+from d2mora.tuner import D2MoraConfig, D2MoraModel, parameter_groups
 
 __all__ = [
     "D2MoraConfig",
@@ -17,6 +17,7 @@ __all__ = [
     "attach_orthogonality",
     "convert_official_checkpoint",
     "orthogonality_loss",
+    "parameter_groups",
 ]
 
 

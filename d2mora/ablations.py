@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .protocols import grade_rows
-from .orthogonality import expert_layers
+from .orthogonality import Experts, expert_layers
 from .pictures import MAPS, canvas, expert_names, headline, heat
 from .report import mcnemar
 
@@ -26,7 +26,7 @@ PARTS = ("A", "B", "router_down", "router_up")
 def tensors_of(layer: nn.Module, name: str) -> dict[str, Tensor]:
     "One adapter of one layer, by part; routers only where there are any."
     held = {part: getattr(layer, f"d2mora_{part}") for part in PARTS}
-    return {part: own[name] for part, own in held.items() if name in own}
+    return {part: own[name].stack() for part, own in held.items() if name in own}
 
 
 @contextmanager
@@ -43,10 +43,10 @@ def changed(
                     for part, tensor in change(layer_name, tensors_of(layer, name), layer.adapter_config[name].pairing).items():
                         held = getattr(layer, f"d2mora_{part}")
                         before.append((held, name, held[name]))
-                        held[name] = nn.Parameter(tensor.clone(), requires_grad=False)
+                        held[name] = Experts(tensor.clone()).requires_grad_(False)
         yield model
     finally:
-        for held, name, tensor in reversed(before): held[name] = tensor
+        for held, name, experts in reversed(before): held[name] = experts
 
 # %% ../nbs/11c_ablations.ipynb #a30c2cf9
 def without(layer: str, parts: dict[str, Tensor], pairing: str, side: str, j: int) -> dict[str, Tensor]:

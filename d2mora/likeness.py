@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .evaluate import load_target
-from .orthogonality import pairwise_cosine, whole
+from .orthogonality import pairwise_cosine
 from .pictures import MAPS, METHODS, canvas, expert_names, headline, heat, shades
 
 # %% ../nbs/11_likeness.ipynb #a30dad43
@@ -34,7 +34,7 @@ def named_experts(
     "The experts of each adapted layer; of several active adapters, the last."
     for name, layer in model.named_modules():
         if hasattr(layer, "active_experts") and (experts := layer.active_experts()):
-            yield name, *(whole(W.detach()).float().cpu() for W in experts[-1][:2])
+            yield name, *(E.stack().detach().float().cpu() for E in experts[-1][:2])
 
 
 def place_of(

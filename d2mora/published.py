@@ -58,8 +58,8 @@ def check_tensors(
 def stack_experts(
     module: str,               # name of the layer, for messages
     parts: dict[tuple, Tensor],  # published tensors by (kind, expert)
-) -> dict[str, Tensor]:        # ours, by attribute
-    "Stack one layer's published tensors: A (M, r, d_in), B (N, r, d_out) transposed, routers as they are."
+) -> dict[str, Tensor]:        # ours, by the end of their name
+    "Stack one layer's published tensors: A (M·r, d_in), B (N·r, d_out) transposed, routers as they are."
     counts = {kind: sum(k == kind for k, _ in parts) for kind in ("A", "B")}
     needed = [("A", i) for i in range(counts["A"])] + [("B", j) for j in range(counts["B"])] + [("route1", 0), ("route2", 0)]
     missing = [f"lora_{kind}.{i}" for kind, i in needed if (kind, i) not in parts]
@@ -67,10 +67,10 @@ def stack_experts(
         raise ValueError(f"{module}: the checkpoint lacks {', '.join(missing) or 'its experts'}: is the file complete?")
     check_shapes(module, parts, counts["A"], counts["B"])
     return {
-        "d2mora_A": torch.stack([parts["A", i] for i in range(counts["A"])]),
-        "d2mora_B": torch.stack([parts["B", j].T for j in range(counts["B"])]).contiguous(),
-        "d2mora_router_down": parts["route1", 0],
-        "d2mora_router_up": parts["route2", 0],
+        "d2mora_A.weight": torch.cat([parts["A", i] for i in range(counts["A"])]),
+        "d2mora_B.weight": torch.cat([parts["B", j].T for j in range(counts["B"])]),
+        "d2mora_router_down.weight": parts["route1", 0],
+        "d2mora_router_up.weight": parts["route2", 0],
     }
 
 # %% ../nbs/07b_published.ipynb #c12db527
@@ -88,7 +88,8 @@ def convert_official_checkpoint(
     if not layers:
         raise ValueError("no published D2MoRA parameters (…lora_A.0.weight, …lora_route1.weight) among the keys")
     weights = {module: stack_experts(module, parts) for module, parts in layers.items()}
-    shapes = {(*w["d2mora_A"].shape[:2], len(w["d2mora_B"])) for w in weights.values()}
+    routers = [(w["d2mora_router_down.weight"], w["d2mora_router_up.weight"]) for w in weights.values()]
+    shapes = {(len(down), up.shape[1], len(up)) for down, up in routers}
     if len(shapes) > 1:
         raise ValueError(f"the layers differ in (M, r, N): {', '.join(map(str, sorted(shapes)))}; one configuration cannot hold them")
     ((M, r, N),) = shapes

@@ -55,7 +55,7 @@ def add_moments(
     x = args[0].reshape(-1, args[0].shape[-1])
     weights: dict[str, Tensor] = {}
     e = mixture(layer, adapter, x, weights).flatten(-2)              # (tokens, N·r)
-    h = project_down(x, layer.d2mora_A[adapter]).flatten(-2)         # (tokens, M·r)
+    h = project_down(x, layer.experts(adapter)[0]).flatten(-2)         # (tokens, M·r)
     e, h = e.cpu().double(), h.cpu().double()
     found = {"tokens": len(h), "hh": h.T @ h, "eh": e.T @ h} | {side: w.cpu().double().sum(0) for side, w in weights.items()}
     for name, value in found.items(): sums[name] = sums.get(name, 0) + value
@@ -157,8 +157,8 @@ def static_lora(
     rank = check_rank(config, rank if rank is not None else (max(int(torch.linalg.matrix_rank(K)) for K in maps.values()) if form == "mean" else None))
     static, scale = peft.get_peft_model(bare_copy(model), lora_config(model, rank)), config.lora_alpha / config.r
     for name, K in maps.items():
-        routed, layer = model.get_submodule(name), cast(Any, static.get_submodule(name))
-        A, B = (getattr(routed, f"d2mora_{side}")[model.active_adapter].detach().cpu() for side in "AB")
+        routed, layer = (cast(Any, m.get_submodule(name)) for m in (model, static))
+        A, B = (W.detach().cpu() for W in routed.experts(model.active_adapter))
         for own, weight in zip((layer.lora_A, layer.lora_B), low_rank(scale * K, moments[name]["hh"], A, B, rank)):
             own["default"].weight.data.copy_(weight)
     for name, module in model.named_modules():

@@ -10,6 +10,7 @@ __all__ = ['UNTRUSTED', 'LONGEST', 'DEEPEST', 'SECRET', 'NEVER', 'first_line', '
 
 # %% ../nbs/07c_strangers.ipynb #2bebb894
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -183,9 +184,11 @@ def check_saved(
         with safe_open(weights, "pt") as file: shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     except (SafetensorError, OSError) as error: raise ValueError(f"{weights} cannot be read: {first_line(error)}: copy the adapter's folder again") from error
     for name, shape in shapes.items():
-        key = {"d2mora_A": "num_down_experts", "d2mora_B": "num_up_experts"}.get(name.rpartition(".")[-1])
-        if key and shape[:2] != (said := [config.get(k, default[k]) for k in (key, "r")]):
-            raise ValueError(f"{weights}: {name} has shape {shape}, but adapter_config.json says {key}={said[0]}, r={said[1]}: one of them is not this adapter's")
+        part = name.removesuffix(".weight").rpartition(".")[-1]
+        keys = {"d2mora_A": ("num_down_experts", "r"), "d2mora_B": ("num_up_experts", "r"), "d2mora_router_down": ("num_down_experts",), "d2mora_router_up": ("num_up_experts",)}.get(part, ())
+        said = {key: config.get(key, default[key]) for key in keys}
+        if said and (len(shape) != 2 or shape[0] != math.prod(said.values())):
+            raise ValueError(f"{weights}: {name} has shape {shape}, but adapter_config.json says {', '.join(f'{k}={v}' for k, v in said.items())}: one of them is not this adapter's")
 
 # %% ../nbs/07c_strangers.ipynb #19236d15
 def methods() -> dict[str, type[peft.PeftConfig]]:

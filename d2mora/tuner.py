@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PAIRINGS', 'MOST', 'CARD_NOTE', 'MERGE_REFUSED', 'HEADS', 'TARGETS', 'router_widths', 'check_number', 'check_names',
            'check_choice', 'check_experts', 'check_layers', 'check_config', 'peft_type', 'as_set', 'D2MoraConfig',
-           'note_import', 'new_experts', 'mixture', 'update', 'D2MoraLinear', 'features', 'add_experts',
-           'check_targets', 'warn_if_inert', 'check_saved_modules', 'D2MoraModel', 'register_d2mora', 'record_routing']
+           'note_import', 'new_experts', 'mixture', 'update', 'D2MoraLinear', 'parameter_groups', 'features',
+           'add_experts', 'check_targets', 'warn_if_inert', 'check_saved_modules', 'D2MoraModel', 'register_d2mora',
+           'record_routing']
 
 # %% ../nbs/07_tuner.ipynb #0eaad25d
 import difflib
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from .lean import dropout_project
 from .lora import init_experts, project_up
-from .orthogonality import expert_layers
+from .orthogonality import Experts, expert_layers
 from .routers import many_to_many, route
 from .shared_a import one_to_many, one_to_one
 from .tasks import nearest
@@ -219,7 +220,7 @@ def new_experts(
     config: D2MoraConfig,  # M, N, r and the pairing
     d_in: int,             # input features
     d_out: int,            # output features
-) -> dict[str, nn.Parameter]:  # d2mora_A (M, r, d_in), d2mora_B (N, r, d_out), d2mora_router_down and _up where the pairing has them
+) -> dict[str, Experts]:  # d2mora_A (M, r, d_in), d2mora_B (N, r, d_out), d2mora_router_down and _up where the pairing has them
     "Make the parameters of one adapter of one layer: A's and routers random, B's zero."
     M, N, r = config.num_down_experts, config.num_up_experts, config.r
     experts = {"d2mora_A": torch.empty(M, r, d_in), "d2mora_B": torch.empty(N, r, d_out)}
@@ -227,7 +228,7 @@ def new_experts(
     for side, width in router_widths(config.pairing, M, N, r, d_in).items():
         router = torch.empty({"down": M, "up": N}[side], width)
         experts[f"d2mora_router_{side}"] = nn.init.kaiming_uniform_(router, a=5**0.5)
-    return {name: nn.Parameter(tensor) for name, tensor in experts.items()}
+    return {name: Experts(tensor) for name, tensor in experts.items()}
 
 # %% ../nbs/07_tuner.ipynb #e81cba38
 def mixture(
@@ -241,12 +242,12 @@ def mixture(
     p, independent = config.lora_dropout * layer.training, config.expert_dropout == "independent"
 
     def weigh(side, v):
-        weights = route(v, getattr(layer, f"d2mora_router_{side}")[name])
+        weights = getattr(layer, f"d2mora_router_{side}")[name](partial(route, v))
         if seen is not None:
             seen[side] = weights.detach()
         return weights
 
-    down = partial(dropout_project, A=layer.d2mora_A[name], p=p, independent=independent)
+    down = lambda v: layer.d2mora_A[name](partial(dropout_project, v, p=p, independent=independent))
     return PAIRINGS[config.pairing](down, partial(weigh, "down"), partial(weigh, "up"), x)
 
 # %% ../nbs/07_tuner.ipynb #3b0e2f86
@@ -257,7 +258,7 @@ def update(
 ) -> Tensor:                # (lora_alpha / r) · Σ_j w_j B_j z, (…, d_out)
     "The adapter's addition to the frozen layer's output."
     config = layer.adapter_config[name]
-    return project_up(mixture(layer, name, x) * (config.lora_alpha / config.r), layer.d2mora_B[name])
+    return layer.d2mora_B[name](partial(project_up, mixture(layer, name, x) * (config.lora_alpha / config.r)))
 
 # %% ../nbs/07_tuner.ipynb #fdfca804
 MERGE_REFUSED = (
@@ -272,8 +273,8 @@ class D2MoraLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("d2mora_A", "d2mora_B", "d2mora_router_down", "d2mora_router_up")
     other_param_names = ("adapter_config",)
     adapter_config: dict[str, D2MoraConfig]
-    d2mora_A: nn.ParameterDict
-    d2mora_B: nn.ParameterDict
+    d2mora_A: nn.ModuleDict
+    d2mora_B: nn.ModuleDict
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: D2MoraConfig):
         super().__init__()
@@ -281,8 +282,11 @@ class D2MoraLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = features(self.get_base_layer())
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [adapter_name], []
         for attribute in self.adapter_layer_names:
-            setattr(self, attribute, nn.ParameterDict())
+            setattr(self, attribute, nn.ModuleDict())
         add_experts(self, adapter_name, config)
+
+    def experts(self, name: str) -> tuple[Tensor, Tensor]:  # A (M, r, d_in), B (N, r, d_out) of one adapter
+        return cast(Experts, self.d2mora_A[name]).stack(), cast(Experts, self.d2mora_B[name]).stack()
 
     def active_experts(self):
         names = [name for name in self.active_adapters if name in self.d2mora_A]
@@ -297,6 +301,26 @@ class D2MoraLinear(nn.Module, BaseTunerLayer):
 
     def merge(self, *args, **kwargs):
         raise ValueError(MERGE_REFUSED)
+
+# %% ../nbs/07_tuner.ipynb #0b9d41aa
+def parameter_groups(
+    model: nn.Module,                # any model with adapted layers
+    down: dict | None = None,        # options of the optimizer for the A's, such as {"lr": 1e-4}
+    up: dict | None = None,          # for the B's
+    routers: dict | None = None,     # for the routers
+    others: dict | None = None,      # for what else is trained, such as `modules_to_save`
+) -> list[dict[str, Any]]:           # for any optimizer; groups without parameters are left out
+    "Sort the trainable parameters into groups, so that A's, B's and routers can learn at different rates."
+    sides = {"d2mora_A": "down", "d2mora_B": "up", "d2mora_router_down": "routers", "d2mora_router_up": "routers"}
+    side = {id(p): sides[part] for m in model.modules() if isinstance(m, D2MoraLinear) for part in sides for p in getattr(m, part).parameters()}
+    if not side:
+        raise ValueError(f"no experts in {type(model).__name__}: adapt it with a D2MoraConfig")
+    groups = {"down": down or {}, "up": up or {}, "routers": routers or {}, "others": others or {}}
+    held: dict[str, list] = {name: [] for name in groups}
+    for p in model.parameters():
+        if p.requires_grad:
+            held[side.get(id(p), "others")].append(p)
+    return [{"params": held[name], **options} for name, options in groups.items() if held[name]]
 
 # %% ../nbs/07_tuner.ipynb #7558af57
 def features(
@@ -319,8 +343,8 @@ def add_experts(
 ) -> None:
     "Give a layer the parameters of one more adapter, where its frozen weight is."
     layer.adapter_config[name] = config
-    for attribute, parameter in new_experts(config, layer.in_features, layer.out_features).items():
-        getattr(layer, attribute)[name] = parameter
+    for attribute, experts in new_experts(config, layer.in_features, layer.out_features).items():
+        getattr(layer, attribute)[name] = experts
     layer._move_adapter_to_device_of_base_layer(name)
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
@@ -357,7 +381,7 @@ def warn_if_inert(
         return
     layers = list(expert_layers(model))
     experts = [e for layer in layers for e in layer.active_experts()]
-    version = sum(A._version + B._version for A, B, _ in experts)
+    version = sum(A.weight._version + B.weight._version for A, B, _ in experts)
     moved, tuner._weights_version = tuner._weights_version not in (None, version), version
     applied = any(layer.orthogonality_applied for layer in layers) or all(weight == 0 for *_, weight in experts)
     if moved and not applied:

@@ -276,7 +276,7 @@ def tuner():
 @drawing("07b_published", "From a published checkpoint to ours", "Each published expert is a matrix of its own with a number; the A's are stacked as they are, the B's are transposed and stacked, the two routers keep their numbers; M, N and r follow from the shapes.", 820, 300)
 def published():
     yield panel(15, 15, 290, 270, "a published checkpoint") + panel(515, 15, 290, 270, "D2MoRA adapter")
-    groups = ((("lora_A.0", "lora_A.1", "lora_A.2"), "d2mora_A\n(M, r, d_in)", "A", 85, "stack"), (("lora_B.0", "…", "lora_B.7"), "d2mora_B\n(N, r, d_out)", "B", 170, "transpose, stack"), (("lora_route1", "lora_route2"), "d2mora_router_down\nd2mora_router_up", "router", 245, "rename"))
+    groups = ((("lora_A.0", "lora_A.1", "lora_A.2"), "d2mora_A.weight\n(M·r, d_in)", "A", 85, "stack"), (("lora_B.0", "…", "lora_B.7"), "d2mora_B.weight\n(N·r, d_out)", "B", 170, "transpose, stack"), (("lora_route1", "lora_route2"), "d2mora_router_down.weight\nd2mora_router_up.weight", "router", 245, "rename"))
     for names, ours, kind, y, how in groups:
         step = 92
         for k, name in enumerate(names):

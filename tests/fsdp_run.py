@@ -1,4 +1,4 @@
-"""FSDP2 on a CPU mesh against one process: `torchrun --nproc_per_node 2 fsdp_run.py FOLDER`; rank 0 prints JSON.
+"""FSDP on a CPU mesh against one process: `torchrun --nproc_per_node 2 fsdp_run.py FOLDER`; rank 0 prints JSON. Without FOLDER it is FSDP 1.
 
 accelerate's FSDP plugin on a CPU silently becomes DDP and would prove nothing, so this shards by torch's own `fully_shard`.
 """
@@ -16,7 +16,8 @@ import peft
 import torch
 import torch.distributed as dist
 from helpers import fill, our_config, tiny_llama, tokens
-from torch.distributed.fsdp import fully_shard
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 import d2mora
@@ -50,7 +51,8 @@ def train(model, part=slice(None), attach=d2mora.attach_orthogonality):
         batch = tokens(rows=4, seed=step)[part]
         loss = model(batch, labels=batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if isinstance(model, FullyShardedDataParallel): model.clip_grad_norm_(1.0)
+        else: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
@@ -99,10 +101,26 @@ def main(folder):
     dist.destroy_process_group()
 
 
+def first_version():
+    "FSDP 1 by PEFT's own policy: the losses without λ, and what is said with it, for both kinds of parameters."
+    dist.init_process_group("gloo")
+    rank, result = dist.get_rank(), {"losses": [train(adapted(0.0)).tolist()], "refused": []}
+    for original in (False, True):
+        for weight in (0.0, LAMBDA):
+            model = adapted(weight)
+            model = FullyShardedDataParallel(model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=original, device_id=torch.device("cpu"))
+            try: losses = train(model, slice(2 * rank, 2 * rank + 2))
+            except ValueError as error: result["refused"].append(str(error)); continue
+            dist.all_reduce(losses)
+            result["losses"].append((losses / dist.get_world_size()).tolist())
+    if rank == 0: print(json.dumps(result))
+    dist.destroy_process_group()
+
+
 def train_control(model, part, attach):
     train(model, part, attach)
     return adapter(model)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1])) if sys.argv[1:] else first_version()

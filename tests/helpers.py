@@ -30,7 +30,7 @@ def fill(model, seed=1, std=0.3, adapter=""):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, p in model.named_parameters():
-            if "d2mora_" in name and name.endswith(adapter):
+            if "d2mora_" in name and name.endswith(adapter and f".{adapter}.weight"):
                 p.data.copy_(std * torch.randn(p.shape))  # drawn in float32: other types draw other numbers in some releases
     return model
 

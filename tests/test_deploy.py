@@ -34,8 +34,8 @@ def held(model, moments):
     for name, layer in model.named_modules():
         if isinstance(layer, tuner.D2MoraLinear):
             for side in ("down", "up"):
-                if "default" in getattr(layer, f"d2mora_router_{side}"): means[id(getattr(layer, f"d2mora_router_{side}")["default"])] = moments[name][side]
-    return lambda v, R: means[id(R)].float().expand(*v.shape[:-1], -1)
+                if "default" in getattr(layer, f"d2mora_router_{side}"): means[getattr(layer, f"d2mora_router_{side}")["default"].weight.data_ptr()] = moments[name][side]
+    return lambda v, R: means[R.data_ptr()].float().expand(*v.shape[:-1], -1)
 
 
 @pytest.mark.parametrize("pairing", PAIRS)
@@ -58,7 +58,7 @@ def test_fitted_map_is_the_best_there_is(pairing):
     name, m = next(iter(calibrate(model, rows(40)).items()))
     config = model.peft_config["default"]
     layer, K = model.get_submodule(name), fitted_map(config, m)
-    A, B = (getattr(layer, f"d2mora_{s}")["default"].detach() for s in "AB")
+    A, B = (W.detach() for W in layer.experts("default"))
     Bt, A2 = B.flatten(0, 1).double().T, A.flatten(0, 1).double()
     error = lambda W: torch.trace(W @ m["hh"] @ W.T) - 2 * torch.trace(W @ m["eh"].T @ Bt.T)  # E|B e - W h|² but for a constant
     best = error(Bt @ K)

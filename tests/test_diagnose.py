@@ -19,6 +19,7 @@ from d2mora.report import draw_results, report
 from d2mora.runs import read_metrics
 from d2mora.train import train
 from d2mora.verdicts import draw_comparison
+from d2mora.orthogonality import Experts
 
 SHORT = {"training.max_steps": 12, "training.logging_steps": 2, "training.disable_tqdm": True, "data.tasks": ["piqa", "boolq"], "adapter.target_modules": ["q_proj", "v_proj"]}
 ROOT = Path(__file__).parents[1]
@@ -26,13 +27,15 @@ TEXTS = [list(range(5, 25)), list(range(30, 33)), [7, 8, 9, 90, 91, 92, 93]]
 
 
 def parts(model, name="d2mora_B"):
-    return [p for n, p in model.named_parameters() if name in n]
+    "Of each layer its matrices, views of the weights."
+    return [m["default"].stack().detach() for n, m in model.named_modules() if n.endswith(name) and "default" in m]
 
 
 # ---- likeness ----
 def test_planted_twins_are_the_most_alike_pair_and_orthogonal_ones_score_zero():
     model = adapted()
-    with torch.no_grad(): parts(model)[2][6] = -3 * parts(model)[2][1]
+    B = parts(model)[2]
+    with torch.no_grad(): B[6] = -3 * B[1]
     top, layer, pair = likeness.most_alike(likeness.likeness(model), "up")
     assert abs(top - 1) < 1e-4 and pair == (1, 6) and (layer["block"], layer["kind"]) == (0, "v_proj")
     with torch.no_grad():
@@ -101,9 +104,11 @@ def test_without_an_expert_is_the_model_that_never_had_it(pairing, side):
     counts = {"many-to-many": {"down": {"num_down_experts": 2}, "up": {"num_up_experts": 7}}, "one-to-many": {"up": {"num_up_experts": 3}},
               "one-to-one": {"down": {"num_down_experts": 3, "num_up_experts": 3}}}[pairing][side]
     smaller = peft.get_peft_model(tiny_llama(), our_config(pairing, **counts)).eval()
-    large = dict(model.named_parameters())
     with torch.no_grad():
-        for name, p in smaller.named_parameters(): p.copy_(large[name] if large[name].shape == p.shape else large[name][[j for j in range(len(large[name])) if j != 1]])
+        for name, own in smaller.named_modules():
+            if not isinstance(own, Experts): continue
+            large = model.get_submodule(name).stack()
+            own.stack().copy_(large if own.sizes == model.get_submodule(name).sizes else large[[j for j in range(len(large)) if j != 1]])
     torch.testing.assert_close(found, smaller(ids).logits)
     assert (whole - found).abs().max() > 1e-3 and torch.equal(model(ids).logits, whole)
 
@@ -120,7 +125,8 @@ def test_a_failing_ablation_leaves_no_trace():
 def test_one_mix_keeps_a_model_whose_routers_are_constant(pairing):
     model, ids = adapted(pairing=pairing), tokens()
     with torch.no_grad():
-        for R in parts(model, "router_"): R.zero_()
+        for side in ("router_down", "router_up"):
+            for R in parts(model, side): R.zero_()
     means = {layer: {side: w.mean(0) for side, w in own.items()} for layer, own in routing.token_weights(model, TEXTS).items()}
     with ablations.changed(model, partial(ablations.one_mix, weights=means)):
         assert all(len(A) == 1 for A in parts(model, "d2mora_A"))

@@ -74,6 +74,12 @@ def test_fsdp2_sees_whole_experts_and_counts_lambda_once(tmp_path):
     assert all(distance > 1e-3 for distance in seen["wrong"].values())  # λ twice, or not at all
 
 
+def test_fsdp1_trains_the_experts_and_refuses_lambda():
+    seen = json.loads(run([*TORCHRUN, Path(__file__).with_name("fsdp_run.py")]).stdout.splitlines()[-1])
+    assert len(seen["losses"]) == 3 and all(abs(a - b) < 1e-5 for losses in seen["losses"][1:] for a, b in zip(losses, seen["losses"][0]))
+    assert len(seen["refused"]) == 2 and all("use FSDP 2" in text and "\n" not in text for text in seen["refused"])
+
+
 @pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2", "multi_node"])
 def test_shipped_configurations_are_accelerates(name):
     from accelerate.commands.config.config_args import load_config_from_file

@@ -130,8 +130,8 @@ def chain(widths, kinds, dtype):
 
 def obvious(layer, x):
     "The layer as one would write it down: pair by pair, in float64."
-    config, A, B = layer.adapter_config["default"], *(getattr(layer, f"d2mora_{s}")["default"].double() for s in "AB")
-    routers = {s: getattr(layer, f"d2mora_router_{s}")["default"].double() for s in ("down", "up") if "default" in getattr(layer, f"d2mora_router_{s}")}
+    config, A, B = layer.adapter_config["default"], *(W.double() for W in layer.experts("default"))
+    routers = {s: getattr(layer, f"d2mora_router_{s}")["default"].weight.double() for s in ("down", "up") if "default" in getattr(layer, f"d2mora_router_{s}")}
     down, total = [a @ x for a in A], 0
     if config.pairing == "many-to-many":
         z = sum(w * d for w, d in zip((routers["down"] @ x).softmax(0), down))

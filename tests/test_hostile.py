@@ -382,7 +382,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_absurd_safetensors_are_refused(name, adapter, base, capsys, monkeypatch):
-    text = json.dumps({"base_model.model.x.d2mora_A": TENSORS.get(name)}).encode()
+    text = json.dumps({"base_model.model.x.d2mora_A.weight": TENSORS.get(name)}).encode()
     content = HEADERS[name] if HEADERS[name] is not None else header(len(text), text) + b"\0" * 8
     (adapter / "adapter_model.safetensors").write_bytes(content), (base / "model.safetensors").write_bytes(content)
     assert "adapter_model.safetensors" in refused(capsys, monkeypatch, "evaluate", adapter, *GRADE)

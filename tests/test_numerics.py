@@ -36,7 +36,7 @@ def lora_of(layer):
     r, dtype = layer.adapter_config["default"].r, layer.base_layer.weight.dtype
     model = peft.get_peft_model(nn.ModuleDict({"proj": nn.Linear(WIDE, OUT)}), peft.LoraConfig(r=r, lora_alpha=r, target_modules=["proj"]))
     twin = model.base_model.model["proj"].to(dtype).train()
-    twin.lora_A["default"].weight.data.copy_(layer.d2mora_A["default"][0]), twin.lora_B["default"].weight.data.copy_(layer.d2mora_B["default"].sum(0).T)
+    twin.lora_A["default"].weight.data.copy_(layer.experts("default")[0][0]), twin.lora_B["default"].weight.data.copy_(layer.experts("default")[1].sum(0).T)
     twin.base_layer.load_state_dict(layer.base_layer.state_dict())
     return twin
 
@@ -57,7 +57,7 @@ def finite(found): return all(t.isfinite().all() for t in found.values())
 # ---- the loop in float64, the oracle ----
 def loop(layer, x):
     "The update token by token and expert by expert, in float64."
-    config, part = layer.adapter_config["default"], lambda name: getattr(layer, f"d2mora_{name}")["default"].detach().double()
+    config, part = layer.adapter_config["default"], lambda name: getattr(layer, f"d2mora_{name}")["default"].stack().detach().double()
     A, B, out = part("A"), part("B"), []
     for v in x.double().reshape(-1, x.shape[-1]):
         if config.pairing == "one-to-one":
@@ -88,11 +88,11 @@ def test_gradients_in_float64(pairing, M, N, r, p, monkeypatch):
     layer = layer_of(pairing, M, N, r, torch.float64, std=0.5, lora_dropout=p)
     monkeypatch.setattr(lean, "draw_mask", lambda count, p, device=None: torch.arange(-(-count // 8) * 8) % 5 > 1)
     names = [n for n in ("d2mora_A", "d2mora_B", "d2mora_router_down", "d2mora_router_up") if "default" in getattr(layer, n)]
-    x, own = torch.randn(2, WIDE, dtype=torch.float64, requires_grad=True), [getattr(layer, n)["default"] for n in names]
+    x, own = torch.randn(2, WIDE, dtype=torch.float64, requires_grad=True), [getattr(layer, n)["default"].weight for n in names]
 
     def output(x, *own):
-        for name, value in zip(names, own): getattr(layer, name)["default"].data.copy_(value.detach())
-        return torch.func.functional_call(Update(layer), {f"layer.{n}.default": v for n, v in zip(names, own)}, (x,))
+        for name, value in zip(names, own): getattr(layer, name)["default"].weight.data.copy_(value.detach())
+        return torch.func.functional_call(Update(layer), {f"layer.{n}.default.weight": v for n, v in zip(names, own)}, (x,))
 
     inputs = (x, *(p.detach().clone().requires_grad_() for p in own))
     assert torch.autograd.gradcheck(output, inputs, fast_mode=True) and output(*inputs).abs().max() > 1e-3
@@ -110,7 +110,8 @@ class Update(nn.Module):
 def test_gradient_of_the_orthogonality_loss_in_float64(part):
     "Also where experts are zero, equal or opposite: finite, and right wherever the loss is smooth."
     layer = layer_of(M=3, N=3, r=2, dtype=torch.float64, std=0.5)
-    W = [layer.d2mora_A, layer.d2mora_B][part]["default"]
+    weight = [layer.d2mora_A, layer.d2mora_B][part]["default"].weight
+    W = layer.experts("default")[part].detach()
 
     def loss(value):
         with torch.no_grad(): W.copy_(value)
@@ -121,7 +122,7 @@ def test_gradient_of_the_orthogonality_loss_in_float64(part):
     for value in (torch.zeros_like(W), torch.ones_like(W), torch.stack([torch.ones_like(W[0]), -torch.ones_like(W[0]), torch.zeros_like(W[0])])):
         W.data.copy_(value), layer.zero_grad()
         orthogonality_loss(layer).backward()
-        assert W.grad.isfinite().all()
+        assert weight.grad.isfinite().all()
 
 
 # ---- half precision, large inputs ----
@@ -156,7 +157,7 @@ def test_fp16_overflows_for_lora_too():
     "The limit that is not ours: with weights near 1, r = 256 and inputs of 1e4 neither fits into fp16; float32 experts do."
     layer, x = layer_of(r=256, dtype=torch.float16, std=1.0), torch.full((2, WIDE), 1e4, dtype=torch.float16)
     assert not finite(passes(lora_of(layer), x)) and not finite(passes(layer, x))
-    layer.base_layer.half(), [tensors.float() for tensors in (layer.d2mora_A, layer.d2mora_B, layer.d2mora_router_down, layer.d2mora_router_up)]
+    layer.base_layer.half(), [modules.float() for modules in (layer.d2mora_A, layer.d2mora_B, layer.d2mora_router_down, layer.d2mora_router_up)]
     assert update(layer, "default", x).isfinite().all()
 
 

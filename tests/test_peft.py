@@ -25,7 +25,7 @@ def test_fresh_adapter_leaves_the_base_alone(pairing):
     model = peft.get_peft_model(base, our_config(pairing)).eval()
     assert torch.equal(model(ids).logits, before)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert names and all(n.split(".")[-2].startswith("d2mora_") for n in names)
+    assert names and all(n.split(".")[-3].startswith("d2mora_") for n in names)
 
 
 def test_saved_and_loaded_exactly_in_a_new_process(tmp_path):
@@ -76,7 +76,7 @@ def test_low_memory_loading(tmp_path):
 def test_several_adapters_switch_add_up_and_delete():
     model, ids = adapted(), tokens()
     model.add_adapter("second", our_config("one-to-many", r=4))
-    fill(model, seed=2, adapter=".second")
+    fill(model, seed=2, adapter="second")
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     x = torch.randn(2, 5, 64)
     base, first = layer.base_layer(x), layer(x)
@@ -96,7 +96,7 @@ def test_only_the_active_adapter_trains():
     model = adapted()
     model.add_adapter("second", our_config())
     model.set_adapter("second")
-    trained = {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"second"}
 
 
@@ -242,7 +242,7 @@ def test_a_leaking_method_fails_these_checks():
 def test_grouped_query_attention_on_a_real_checkpoint(shared):
     model = adapted(AutoModelForCausalLM.from_pretrained(shared / "models" / "stories260K").eval())
     attention = model.base_model.model.model.layers[0].self_attn
-    assert attention.k_proj.d2mora_B["default"].shape[-1] == 32 and attention.q_proj.d2mora_B["default"].shape[-1] == 64
+    assert attention.k_proj.experts("default")[1].shape[-1] == 32 and attention.q_proj.experts("default")[1].shape[-1] == 64
     out = model.generate(input_ids=torch.tensor([[1, 400]]), max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert out.shape[1] > 2
 

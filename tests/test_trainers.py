@@ -1,4 +1,4 @@
-"""λ counts once per optimizer step, whoever trains: a plain loop, accelerate, TRL's SFTTrainer and DPOTrainer, each accumulating four batches.
+"""Trainers and optimizers of others find the experts; λ counts once per optimizer step, whoever trains, each accumulating four batches.
 
 One step of SGD at learning rate 1, with λ = 0 and with λ = 1, from the same weights on the same rows: the two results differ by the
 gradient of the orthogonality loss, exactly once."""
@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import d2mora
 from d2mora import attach_orthogonality, orthogonality_loss
 from d2mora.tasks import toy_base, toy_rows
 from helpers import fill, our_config
@@ -25,7 +26,7 @@ def model_of(weight, pairing="many-to-many"):
 
 def experts(model):
     "Those that are trained: DPOTrainer puts a frozen copy of the adapter beside them, as its reference."
-    return {name: p for name, p in model.named_parameters() if name.endswith(("d2mora_A.default", "d2mora_B.default"))}
+    return {name: p for name, p in model.named_parameters() if name.endswith(("d2mora_A.default.weight", "d2mora_B.default.weight"))}
 
 
 def check_once(train):
@@ -112,19 +113,58 @@ def test_sft_trainer(trl, tmp_path):
     check_once(train)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_dpo_trainer(trl, tmp_path):
+def preferences():
     import datasets
 
     other = {"true": "false", "false": "true"}
-    rows = datasets.Dataset.from_list([{"prompt": r["instruction"], "chosen": " " + r["output"], "rejected": " " + r["output"].replace(r["answer"], other[r["answer"]])} for r in questions()])
-    references = []
+    texts = [(r["instruction"], " " + r["output"], " " + r["output"].replace(r["answer"], other[r["answer"]])) for r in questions()]
+    return datasets.Dataset.from_list([{"prompt": p, "chosen": good, "rejected": bad, "completion": good, "label": i % 2 == 0} for i, (p, good, bad) in enumerate(texts)])
+
+
+COLUMNS = {"DPO": ["prompt", "chosen", "rejected"], "KTO": ["prompt", "completion", "label"], "GRPO": ["prompt"], "RLOO": ["prompt"]}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("adapter", [None, peft.LoraConfig(target_modules=["q_proj"])], ids=["D2MoRA", "LoRA"])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_the_reference_of_a_trained_adapter_is_its_copy(trl, tmp_path, name, adapter):
+    "TRL copies the adapter by the names of its parameters; what it does not find stays at its random start, in silence."
+    model = model_of(1e-4) if adapter is None else peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(toy_base()), adapter)
+    for key, p in model.named_parameters():
+        if "lora_" in key: p.data.normal_()
+    kind, config = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    more = {"beta": 0.1, "num_generations": 2} if name in ("GRPO", "RLOO") else {}
+    rewards = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if more else {}
+    trainer = kind(model, args=config(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=2, **more),
+                   train_dataset=preferences().select_columns(COLUMNS[name]), processing_class=transformers.AutoTokenizer.from_pretrained(toy_base()), **rewards)
+    model, ids, logits = trainer.model.eval(), torch.arange(3, 15)[None], {}
+    for adapter_name in ("default", "ref"):
+        model.set_adapter(adapter_name)
+        logits[adapter_name] = model(input_ids=ids).logits
+    with model.disable_adapter(): base = model(input_ids=ids).logits
+    assert torch.equal(logits["default"], logits["ref"]) and (base - logits["ref"]).abs().max() > 0.1
+
+
+def test_muon_and_groups_for_the_parts():
+    model = model_of(1e-4)
+    groups = d2mora.parameter_groups(model, up={"lr": 0.0}, routers={"weight_decay": 0.0}, others={"lr": 1.0})
+    assert [sorted(set(group) - {"params"}) for group in groups] == [[], ["lr"], ["weight_decay"]]  # nothing else is trained
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Muon(groups, lr=1e-2)  # takes matrices only
+    attach_orthogonality(model, optimizer)
+    model(**tokens_of(model, 0)).loss.backward(), optimizer.step()
+    assert {"d2mora_B" in name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])} == {True}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if "d2mora_B" in name)
+    with pytest.raises(ValueError, match="no experts in"): d2mora.parameter_groups(model.unload())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dpo_trainer(trl, tmp_path):
+    rows, references = preferences(), []
 
     def train(model):
         start = {name: p.detach().clone() for name, p in experts(model).items()}
         trainer = trl.DPOTrainer(model, args=arguments(trl.DPOConfig, tmp_path), train_dataset=rows, processing_class=transformers.AutoTokenizer.from_pretrained(toy_base()))
-        assert not model.get_parameter(next(name for name in start if "d2mora_B" in name).replace(".default", ".ref")).any()  # TRL copies LoRA's names only …
-        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model, adapter_name="default"), adapter_name="ref")  # … so copy it oneself
         attach_orthogonality(trainer.model, trainer.create_optimizer())
         trainer.train()
         held = dict(model.named_parameters())
