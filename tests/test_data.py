@@ -17,7 +17,7 @@ from d2mora.tasks import TASKS, toy_base, toy_rows, training_prompt
 
 
 def columns(rows):
-    return {key: [row[key] for row in rows] for key in ("instruction", "input", "output", "answer")}
+    return {key: [row[key] for row in rows] for key in ("instruction", "input", "output", "answer", "task") if key in rows[0]}
 
 
 def graded_text(tokenizer, coded, i):
@@ -28,7 +28,7 @@ def real_tokenizer(shared, name):
     return AutoTokenizer.from_pretrained({"toy": toy_base(), "stories": shared / "models/stories260K", "mistral": shared / "tokenizers/mistral-v1"}[name])
 
 
-@pytest.mark.parametrize("style", ["plain", "official"])
+@pytest.mark.parametrize("style", ["plain", "official", "cloze"])
 @pytest.mark.parametrize("name", ["stories", "mistral"])
 def test_the_graded_tokens_are_the_answer_and_eos(shared, name, style):
     tokenizer = real_tokenizer(shared, name)
@@ -36,11 +36,11 @@ def test_the_graded_tokens_are_the_answer_and_eos(shared, name, style):
         rows = read_task(str(shared / "data"), task, "test").to_list()[:5]
         coded = encode(columns(rows), tokenizer, DataConfig(prompt=style, cutoff=2048))
         for i, row in enumerate(rows):
-            assert graded_text(tokenizer, coded, i) == row["output"]
+            assert graded_text(tokenizer, coded, i) == training_prompt(row, style)[1].strip()
             assert coded["input_ids"][i][-1] == tokenizer.eos_token_id and coded["fate"][i] == "whole"
 
 
-@pytest.mark.parametrize("style", ["plain", "official"])
+@pytest.mark.parametrize("style", ["plain", "official", "cloze"])
 def test_a_row_is_the_tokens_of_its_whole_text(shared, style):
     tokenizer = real_tokenizer(shared, "mistral")
     row = read_task(str(shared / "data"), "boolq", "test")[0]
@@ -185,17 +185,17 @@ def trained_tokenizer(kind):
     return PreTrainedTokenizerFast(tokenizer_object=raw, **{key: name for key, name in names.items() if name})
 
 
-@pytest.mark.parametrize("style", ["plain", "official"])
+@pytest.mark.parametrize("style", ["plain", "official", "cloze"])
 @pytest.mark.parametrize("kind", ["llama", "llama3", "gpt2"])
 def test_three_families_of_tokenizers(kind, style):
     tokenizer = trained_tokenizer(kind)
-    rows = [toy_rows("toy", task, "train")[i] for task in TASKS for i in (0, 1)]
+    rows = [toy_rows("toy", task, "train")[i] | {"task": task} for task in TASKS for i in (0, 1)]
     coded = encode(columns(rows), tokenizer, DataConfig(prompt=style, cutoff=2048))
     for i, row in enumerate(rows):
         ids = coded["input_ids"][i]
         assert ids[:-1] == tokenizer("".join(training_prompt(row, style))).input_ids and ids[-1] == tokenizer.eos_token_id
         assert (ids[0] == tokenizer.bos_token_id) == (kind != "gpt2")
-        assert graded_text(tokenizer, coded, i) == row["output"]
+        assert graded_text(tokenizer, coded, i) == training_prompt(row, style)[1].strip()
     batch = collator_for(tokenizer)([{key: coded[key][i] for key in ("input_ids", "graded_from")} for i in range(len(rows))])
     pad, real = batch["attention_mask"] == 0, batch["attention_mask"] == 1
     assert pad.any() and (batch["input_ids"][pad] == collator_for(tokenizer).pad_id).all() and (batch["labels"][pad] == -100).all()

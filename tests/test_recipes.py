@@ -19,7 +19,7 @@ PUBLISHED = {  # name: base, M, N, r
 }
 MENDED = [f"{name}-mended" for name in PUBLISHED]
 BASELINES = ["lora-r64", "dora-r64", "one-to-one-8-8-8", "one-to-many-1-8-12", "one-to-many-1-6-16"]
-OTHERS = ["llama3-8b-m3n8r8", "qwen2.5-0.5b-m3n8r8"]
+OTHERS = ["llama3-8b-m3n8r8", "qwen2.5-0.5b-m3n8r8", "smollm2-135m", "smollm2-135m-cloze"]
 TOY = {"data.path": "toy"}
 
 
@@ -76,7 +76,7 @@ def test_adapters_have_the_size_that_the_recipe_states(name):
 
 
 COUNTS = {"huggyllama/llama-7b": 6_738_415_616, "meta-llama/Llama-2-7b-hf": 6_738_415_616}
-COUNTS |= {"meta-llama/Meta-Llama-3-8B": 8_030_261_248, "Qwen/Qwen2.5-0.5B": 494_032_768}
+COUNTS |= {"meta-llama/Meta-Llama-3-8B": 8_030_261_248, "Qwen/Qwen2.5-0.5B": 494_032_768, "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008}
 
 
 @pytest.mark.parametrize("base", COUNTS)

@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2mora.tasks import (ANSWER_PREFIX, PROMPT_STYLES, TASKS, evaluation_prompt, parse_answer, row_answers, score_options, toy_rows,
+from d2mora.tasks import (ANSWER_PREFIX, TASKS, content_pairs, evaluation_prompt, parse_answer, row_answers, score_options, toy_rows,
                           training_prompt)
 
 
@@ -97,10 +97,22 @@ def test_scorer_leaves_the_model_as_found(shared):
     assert [m.training for m in model.modules()] == before
 
 
-@pytest.mark.parametrize("style", PROMPT_STYLES)
+@pytest.mark.parametrize("style", ["plain", "official"])
 def test_toy_rows_pass_through_the_same_code(style):
     for task in TASKS:
         row = toy_rows("toy", task, "test", 4)[0]
         assert set(row) == {"instruction", "input", "output", "answer"}
         assert parse_answer("".join(training_prompt(row, style)), task) in TASKS[task].answers
         assert parse_answer(row["output"], task) == row["answer"] in row_answers(row, task)
+
+
+def test_cloze_trains_on_what_content_grades(shared):
+    "The prompt style and the protocol put every row alike; the answer is the right option's own text."
+    from d2mora.data import read_task
+
+    for task in TASKS:
+        split = "test" if task == "hellaswag" else "train"
+        for row in read_task(str(shared / "data"), task, split).to_list()[:300]:
+            pairs = content_pairs(row, task)
+            assert training_prompt(row, "cloze") == pairs[row_answers(row, task).index(row["answer"])] and len(set(pairs)) > 1
+            assert "Answer format" not in "".join(training_prompt(row, "cloze"))

@@ -12,7 +12,7 @@ from program import program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import d2mora
-from d2mora.tasks import (ANSWER_PREFIX, PROMPT_STYLES, RELATIONS, SIZES, TASKS, TOY_TASKS, TOY_WORLDS, evaluation_prompt, parse_answer,
+from d2mora.tasks import (ANSWER_PREFIX, RELATIONS, SIZES, TASKS, TOY_TASKS, TOY_WORLDS, evaluation_prompt, parse_answer,
                           row_answers, score_options, toy_base, toy_questions, toy_rows, toy_world, training_prompt)
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_toy_rows_are_laid_out_like_the_real_ones(shared, task):
     assert frame(toy["instruction"])[0] == frame(real["instruction"])[0]
 
 
-@pytest.mark.parametrize("world, task, style", list(product(TOY_WORLDS, TASKS, PROMPT_STYLES)))
+@pytest.mark.parametrize("world, task, style", list(product(TOY_WORLDS, TASKS, ("plain", "official"))))
 def test_tokenizer_knows_every_word(world, task, style):
     tokenizer = AutoTokenizer.from_pretrained(toy_base())
     for row in toy_rows(world, task, "test", 40):
