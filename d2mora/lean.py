@@ -26,8 +26,8 @@ def draw_mask(
     device: torch.device | None = None,
 ) -> Tensor:              # booleans, True for what stays; `count` rounded up to a multiple of 8
     "Draw which elements stay, with 16 random bits for each."
-    bits = torch.empty(-(-count // 8) * 2, dtype=torch.int64, device=device).random_(-(2**63), None)
-    return bits.view(torch.int16) >= chances(p) - 32768
+    bits = torch.randint(-(2**63), 2**63 - 1, (-(-count // 8) * 2,), device=device)  # torch.func.vmap knows no `random_`
+    return bits.bitwise_xor_(-(2**63)).view(torch.int16) >= chances(p) - 32768
 
 # %% ../nbs/06_lean.ipynb #ac25d2f5
 _GATHER, _SPREAD, _ONE_EACH = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - 2**64
@@ -49,17 +49,23 @@ def unpack_bits(
 # %% ../nbs/06_lean.ipynb #14f69a82
 class DropoutProject(torch.autograd.Function):
     "Project `dropout(x)`, keeping `x` and a bit for each element."
+    generate_vmap_rule = True  # for per-sample gradients by torch.func
 
     @staticmethod
-    def forward(ctx, x, W, p):  # x (…, d_in), W (M·r, d_in)
+    def forward(x, W, p):  # x (…, d_in), W (M·r, d_in)
         mask = draw_mask(x.numel(), p, x.device)
-        ctx.save_for_backward(x, W, pack_bits(mask))
-        ctx.scale = 65536 / (65536 - chances(p))
         dropped = torch.where(mask[: x.numel()].view(x.shape), x, 0)
-        return F.linear(match_dtype(dropped, W), W) * ctx.scale
+        return F.linear(match_dtype(dropped, W), W) * (65536 / (65536 - chances(p))), pack_bits(mask)
 
     @staticmethod
-    def backward(ctx, grad):  # (…, M·r)
+    def setup_context(ctx, inputs, output):
+        x, W, p = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, W, output[1])
+        ctx.scale = 65536 / (65536 - chances(p))
+
+    @staticmethod
+    def backward(ctx, grad, _):  # (…, M·r)
         x, W, packed = ctx.saved_tensors
         mask, grad = unpack_bits(packed)[: x.numel()].view(x.shape), grad * ctx.scale
         grad_x = torch.where(mask, grad @ W.to(grad.dtype), 0).to(x.dtype) if ctx.needs_input_grad[0] else None
@@ -81,4 +87,4 @@ def dropout_project(
         return torch.cat([dropout_project(x, A_i[None], p) for A_i in A], dim=-2)
     if torch.compiler.is_compiling():
         return project_down(F.dropout(x, p), A)
-    return DropoutProject.apply(x, A.flatten(0, 1), p).unflatten(-1, A.shape[:2])
+    return DropoutProject.apply(x, A.flatten(0, 1), p)[0].unflatten(-1, A.shape[:2])  # beside it, the mask

@@ -1,0 +1,274 @@
+"""What a user of PEFT may call on an adapted model: each call does as with LoRA, or is refused in one line. The table of these is in 14c."""
+
+import json
+import re
+import tempfile
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from helpers import adapted, difference, fill, our_config, tiny_llama, tokens
+from peft.utils import hotswap
+from transformers import T5Config, T5ForConditionalGeneration
+
+from d2mora.tuner import D2MoraLinear, record_routing
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ids = tokens(rows=4)
+
+
+def two(base=None, **fields):
+    "An adapted model with a second adapter of other sizes on other layers."
+    model = adapted(base, modules_to_save=["lm_head"], **fields)
+    model.add_adapter("b", our_config("one-to-many", r=4, target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head"]))
+    fill(model, seed=2, adapter="b")
+    with torch.no_grad(): model.base_model.model.lm_head.modules_to_save["b"].weight.mul_(1.5)
+    return model.eval()
+
+
+def alone(model, name, **inputs):
+    "What one adapter says to all rows."
+    if name == "__base__":
+        with model.disable_adapter(): return model(**inputs).logits
+    model.set_adapter(name)
+    logits = model(**inputs).logits
+    model.set_adapter("default")
+    return logits
+
+
+def refused(call, *words, kinds=(ValueError, TypeError)):
+    with pytest.raises(kinds) as caught: call()
+    text = str(caught.value)
+    assert type(caught.value) is not AttributeError and "\n" not in text and all(word in text for word in words), text
+
+
+# ---- each row its own adapter ----
+NAMES = ["default", "b", "__base__", "b"]
+
+
+def test_each_row_has_its_own_adapter():
+    model = two()
+    wanted = torch.cat([alone(model, name, input_ids=ids[i : i + 1]) for i, name in enumerate(NAMES)])
+    got = model(input_ids=ids, adapter_names=NAMES).logits
+    assert difference(got, wanted) < 1e-5 and difference(got, model(input_ids=ids).logits) > 1e-2
+    assert torch.equal(model(input_ids=ids).logits, alone(model, "default", input_ids=ids))  # and nothing stays
+    with model.disable_adapter(): assert torch.equal(model(input_ids=ids, adapter_names=NAMES).logits, model(input_ids=ids).logits)
+    got.sum().backward()  # gradients reach what is active
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_gives_each_row_its_own_adapter(beams):
+    model, settings = two(), dict(max_new_tokens=5, do_sample=False, num_beams=beams, pad_token_id=0)
+    got = model.generate(input_ids=ids, adapter_names=NAMES, **settings)
+    for i, name in enumerate(NAMES):
+        if name == "__base__":
+            with model.disable_adapter(): alone_ = model.generate(input_ids=ids[i : i + 1], **settings)
+        else:
+            model.set_adapter(name)
+            alone_ = model.generate(input_ids=ids[i : i + 1], **settings)
+        assert torch.equal(got[i, : alone_.shape[1]], alone_[0]), name
+
+
+def test_an_encoder_sees_each_row_once_under_beam_search():
+    torch.manual_seed(0)
+    base = T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)).eval()
+    model = peft.get_peft_model(base, our_config(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    model.add_adapter("b", our_config("one-to-one", target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    model, settings = fill(model).eval(), dict(max_new_tokens=4, num_beams=2)
+    got = model.generate(input_ids=ids[:2], adapter_names=["default", "b"], **settings)
+    for i, name in enumerate(("default", "b")):
+        model.set_adapter(name)
+        row = model.generate(input_ids=ids[i : i + 1], **settings)[0]
+        assert torch.equal(got[i, : len(row)], row)
+
+
+@pytest.mark.parametrize("names, word", [(["default", "defualt", "b", "b"], "did you mean 'default'"), (["default"], "1 names and the input 4 rows"), ("b", "give a list"), ([None] * 4, "no adapter is called")])
+def test_wrong_names_are_refused(names, word):
+    model = two()
+    refused(lambda: model(input_ids=ids, adapter_names=names), word)
+    refused(lambda: model.generate(input_ids=ids, adapter_names=names, max_new_tokens=2), word)
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids, adapter_names=["default"] * 4).logits)  # no hook is left behind
+    refused(lambda: model.train()(input_ids=ids, adapter_names=NAMES), "training mode")
+
+
+# ---- the table ----
+def names_and_rows(model):
+    assert difference(model(input_ids=ids, adapter_names=NAMES).logits, model(input_ids=ids).logits) > 1e-2
+
+
+def looked_at(model):
+    with record_routing(model): refused(lambda: model(input_ids=ids, adapter_names=NAMES), "one adapter at a time")
+
+
+def unmerged(model):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.unmerge_adapter()
+    assert any("Already unmerged" in str(w.message) for w in caught)
+
+
+def statuses(model):
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "D2MORA", "b": "D2MORA"} and status.active_adapters == ["default"] and not status.merged_adapters
+    assert status.requires_grad == {"default": True, "b": False} and status.devices == {"default": ["cpu"], "b": ["cpu"]}
+    assert {row.module_type for row in model.get_layer_status()} <= {"D2MoraLinear", "ModulesToSaveWrapper"}
+
+
+def required(model):
+    model.set_requires_grad("b", True)
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad and "d2mora_" in n} == {"default", "b"}
+    model.set_requires_grad(["default", "b"], False)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def deleted(model):
+    before = alone(model, "b", input_ids=ids)
+    model.delete_adapter("default")
+    assert torch.equal(model(input_ids=ids).logits, before) and model.active_adapters == ["b"]
+    refused(lambda: model.delete_adapter("default"), "default")
+
+
+def several(_):
+    model = adapted()
+    model.add_adapter("b", our_config("one-to-many", r=4, target_modules=["q_proj"]))
+    layer, x, updates = fill(model).base_model.model.model.layers[0].self_attn.q_proj, torch.randn(3, 64), []
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        updates.append(layer(x) - layer.base_layer(x))
+    model.base_model.set_adapter(["default", "b"])
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + updates[0] + updates[1])
+
+
+def state(model):
+    held = peft.get_peft_model_state_dict(model, adapter_name="b")
+    fresh = two()
+    with torch.no_grad(): [p.zero_() for n, p in fresh.named_parameters() if ".b." in n]
+    result = peft.set_peft_model_state_dict(fresh, held, adapter_name="b")
+    assert not result.unexpected_keys and torch.equal(alone(fresh, "b", input_ids=ids), alone(model, "b", input_ids=ids))
+
+
+def saved(model, load=lambda folder: peft.PeftModel.from_pretrained(tiny_llama(), folder), **how):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **how)
+        again = load(folder).eval()
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def loaded(model):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model.load_adapter(folder + "/b", "third", low_cpu_mem_usage=True), model.load_adapter(folder, "fourth", autocast_adapter_dtype=False)
+    assert torch.equal(alone(model, "third", input_ids=ids), alone(model, "b", input_ids=ids))
+
+
+def empty(model):
+    fresh = peft.get_peft_model(tiny_llama(), our_config(), low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in fresh.named_parameters() if "d2mora_" in n} == {"meta"}
+    saved(model, lambda folder: peft.PeftModel.from_pretrained(tiny_llama(), folder, low_cpu_mem_usage=True, ephemeral_gpu_offload=True))
+
+
+def cast(model):
+    for automatic, kind in ((True, torch.float32), (False, torch.bfloat16)):
+        half = peft.get_peft_model(tiny_llama(torch.bfloat16), our_config(), autocast_adapter_dtype=automatic)
+        assert {p.dtype for n, p in half.named_parameters() if "d2mora_" in n} == {kind}
+    peft.cast_mixed_precision_params(half, torch.bfloat16)
+    assert {p.dtype for n, p in half.named_parameters() if "d2mora_" in n} == {torch.float32}
+
+
+def casting(model):
+    from peft.helpers import disable_input_dtype_casting
+    before = model(input_ids=ids).logits
+    with disable_input_dtype_casting(model): assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def rescaled(model):
+    from peft.helpers import rescale_adapter_scale
+    with rescale_adapter_scale(model, 0.5): pass
+
+
+def hotswapped(model):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        hotswap.hotswap_adapter(model, folder, "default")
+
+
+def card(model):
+    with tempfile.TemporaryDirectory() as folder:
+        model.create_or_update_model_card(folder)
+        assert "library_name: peft" in Path(folder, "README.md").read_text()
+
+
+def injected(model):
+    plain = peft.inject_adapter_in_model(our_config(), tiny_llama())
+    assert any(isinstance(m, D2MoraLinear) for m in plain.modules())
+    held = {key.removeprefix("base_model.model."): p for key, p in peft.get_peft_model_state_dict(adapted(), save_embedding_layers=False).items()}
+    with pytest.warns(RuntimeWarning, match="inconsistency"):  # PEFT lets the file decide
+        plain = peft.inject_adapter_in_model(our_config(target_modules=["o_proj"]), tiny_llama(), state_dict=held)
+    assert {n.rpartition(".")[2] for n, m in plain.named_modules() if isinstance(m, D2MoraLinear)} == {"q_proj", "k_proj", "v_proj"}
+    plain = peft.inject_adapter_in_model(our_config(target_modules=["nothing"]), tiny_llama(), state_dict=held)
+    assert {n.rpartition(".")[2] for n, m in plain.named_modules() if isinstance(m, D2MoraLinear)} == {"q_proj", "k_proj", "v_proj"}
+
+
+def weight(model): return model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
+
+
+def convert(model): return peft.convert_to_lora(model, rank=4) if hasattr(peft, "convert_to_lora") else refuse("LoRA conversion")
+
+
+def unconvertible(model): assert not any(m.supports_lora_conversion() for m in model.modules() if isinstance(m, D2MoraLinear))
+
+
+def refuse(text): raise ValueError(text)
+
+
+def config(**fields): return lambda model: our_config(**fields)
+
+
+CALLS = {  # call -> what it must do, or the words of its refusal
+    "model(…, adapter_names=[…])": names_and_rows,
+    "record_routing with adapter_names": looked_at,
+    "model(…, alora_offsets=…)": (lambda model: model(input_ids=ids, alora_offsets=[1] * 4), "alora_offsets"),
+    "merge_adapter()": (lambda model: model.merge_adapter(), "cannot be merged", "d2mora export"),
+    "merge_and_unload()": (lambda model: model.merge_and_unload(), "cannot be merged", "d2mora export"),
+    "unmerge_adapter()": unmerged,
+    "layer.get_delta_weight()": (weight, "cannot be merged"),
+    "add_weighted_adapter()": (lambda model: model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "c"), "set_adapter"),
+    "convert_to_lora()": (convert, "LoRA conversion"),
+    "supports_lora_conversion()": unconvertible,
+    "set_adapter(), several by base_model.set_adapter([…])": several,
+    "delete_adapter()": deleted,
+    "set_requires_grad()": required,
+    "get_layer_status(), get_model_status()": statuses,
+    "get_ and set_peft_model_state_dict()": state,
+    "save_pretrained(), from_pretrained()": saved,
+    "save_pretrained(safe_serialization=False)": lambda model: saved(model, safe_serialization=False),
+    "save_pretrained(path_initial_model_for_weight_conversion=…)": (lambda model: saved(model, path_initial_model_for_weight_conversion=tempfile.mkdtemp()), "path_initial_model_for_weight_conversion"),
+    "load_adapter()": loaded,
+    "low_cpu_mem_usage, ephemeral_gpu_offload": empty,
+    "autocast_adapter_dtype, cast_mixed_precision_params()": cast,
+    "helpers.disable_input_dtype_casting()": casting,
+    "helpers.rescale_adapter_scale()": (rescaled, "LoraLayer"),
+    "hotswap_adapter()": (hotswapped, "otswap"),
+    "create_or_update_model_card()": card,
+    "inject_adapter_in_model(), state_dict=…": injected,
+    "get_peft_model(mixed=True)": (lambda model: peft.get_peft_model(tiny_llama(), our_config(), mixed=True), "not compatible"),
+    "D2MoraConfig(target_parameters=…)": (config(target_parameters=["experts.down_proj"]), "no target_parameters", "target_modules"),
+    "D2MoraConfig(trainable_token_indices=…)": (config(trainable_token_indices=[1]), "modules_to_save"),
+    "D2MoraConfig(ensure_weight_tying=…)": (config(ensure_weight_tying=True), "no ensure_weight_tying"),
+    "D2MoraConfig(rank_pattern=…), alpha_pattern, use_rslora, use_dora, bias": (config(rank_pattern={"q_proj": 4}), "adapter of their own"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_call(call):
+    does = CALLS[call]
+    if callable(does): does(two())
+    else: refused(lambda: does[0](two()), *does[1:])
+
+
+def test_every_call_stands_in_the_table():
+    cells = json.loads((Path(__file__).parents[1] / "nbs/14c_elsewhere.ipynb").read_text())["cells"]
+    text = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    assert set(re.findall(r"^\| `(.+?)` \|", text, re.M)) == set(CALLS)
