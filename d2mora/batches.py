@@ -170,10 +170,16 @@ def encode_rows(
     config: DataConfig,        # the `data:` section of a recipe
     tokenizer,                 # a fast tokenizer
 ) -> "datasets.Dataset":       # columns input_ids, graded_from, fate, length, task, row
-    "Encode all rows, in parallel and only once: the result is kept on disk by `datasets`."
-    texts = [c for c in rows.column_names if c not in ("task", "row")]
-    return rows.map(partial(encode, tokenizer=tokenizer, config=config), batched=True, remove_columns=texts, desc="tokenize",
-                    num_proc=workers(len(rows)), new_fingerprint=cache_key(rows, tokenizer, config))
+    "Encode all rows, in parallel and only once: the result is kept on disk, where the cache of `datasets` can be written to."
+    import datasets, pyarrow
+    texts, key = [c for c in rows.column_names if c not in ("task", "row")], cache_key(rows, tokenizer, config)
+    coded = partial(rows.map, partial(encode, tokenizer=tokenizer, config=config), batched=True, remove_columns=texts, desc="tokenize",
+                    num_proc=workers(len(rows)), new_fingerprint=key)
+    file = Path(datasets.config.HF_DATASETS_CACHE)/"d2mora"/f"{key}.arrow"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return coded(cache_file_name=str(file))
+    except (OSError, pyarrow.ArrowInvalid): return coded(keep_in_memory=True)  # it cannot be written, or what is there not read
 
 # %% ../nbs/08a_batches.ipynb #51a787c3
 def count_fates(
@@ -194,7 +200,7 @@ def split_validation(
     if not config.validation_rows: return rows, {}
     if config.validation_rows >= len(rows):
         raise ValueError(f"data.validation_rows={config.validation_rows} leaves nothing to train on: there are {len(rows)} rows")
-    split = rows.train_test_split(test_size=config.validation_rows, seed=42)
+    split = rows.train_test_split(test_size=config.validation_rows, seed=42, keep_in_memory=True)  # not beside the rows' file, which may be read-only
     tasks = column(split["test"], "task")
     by_task = {t: split["test"].select([i for i, own in enumerate(tasks) if own == t]) for t in dict.fromkeys(column(rows, "task"))}
     return split["train"], {task: own for task, own in by_task.items() if len(own)}

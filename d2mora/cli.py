@@ -72,13 +72,12 @@ def app():
 
 
 def hush() -> None:
-    "Libraries say much on stderr that is not for our user; their bars only on a terminal."
+    "What libraries tell their programmers is not for our user; what they warn of is, each in one line; their bars only on a terminal."
     import datasets
     import transformers
 
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module="d2mora")
-    transformers.utils.logging.set_verbosity_error()
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning): warnings.filterwarnings("ignore", category=category)
     if sys.stderr.isatty(): return
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -83,16 +83,22 @@ def cost_table(
 # %% ../nbs/14a_cost.ipynb #0fabf5c5
 def measure(
     model: peft.PeftModel,
-    forms: dict[str, peft.PeftModel],
+    forms: dict[str, peft.PeftModel | torch.nn.Module],  # LoRAs, or models they are merged into
     tokenizer,
     rows: dict[str, list[dict]],  # test rows by task
     texts: list[dict],            # encoded, for the divergence
     style: str,                   # of the prompts
-) -> dict[str, dict]:             # by form: what `cost` gives, with its rank
+    routed: dict[str, list[dict]] | None = None,  # the rows as the routed adapter grades them, where that is known
+) -> dict[str, dict]:             # by form: what `cost` gives, with the rank of a LoRA
     "What each form costs against the routed adapter."
-    routed = grade(model, tokenizer, rows, style)
-    return {name: cost(routed, grade(static, tokenizer, rows, style), rows, divergences(model, static, texts, tokenizer))
-            | {"form": name.split()[0], "rank": cast(Any, static.peft_config["default"]).r, "routed": {t: mean(g["right"] for g in own) for t, own in routed.items()}} for name, static in forms.items()}
+    routed = routed or grade(model, tokenizer, rows, style)
+    right = {"routed": {task: mean(g["right"] for g in own) for task, own in routed.items()}}
+    costs = {}
+    for name, static in forms.items():
+        found = cost(routed, grade(static, tokenizer, rows, style), rows, divergences(model, static, texts, tokenizer))
+        rank = {"rank": cast(Any, static.peft_config["default"]).r} if isinstance(static, peft.PeftModel) else {}
+        costs[name] = found | {"form": name.split()[0]} | rank | right
+    return costs
 
 # %% ../nbs/14a_cost.ipynb #e05c8c5d
 def form_to_take(
@@ -105,9 +111,10 @@ def form_to_take(
 def advice(
     costs: dict[str, dict],  # by form
     taken: str,              # the form that is written
+    asked: bool = True,      # was it asked for, and not chosen as the one to take?
 ) -> str:                    # one or two sentences
     "Say which form to take, and whether to take any."
-    best, c = form_to_take(costs), costs[taken]
+    best, c = form_to_take(costs) if asked else taken, costs[taken]
     said = f"take {best}" + (f" (written, as asked: {taken})" if taken != best else "")
     said += f": {taken} keeps {percent(c['agreement'])} % of the predictions; accuracy {percent(c['average'])}, routed {percent(c['routed_average'])} (p = {c['p']:.3f})"
     if c["p"] < 0.05 and c["average"] < c["routed_average"]: said += "; that is a loss: distil it (--distill 100, or more steps), or serve the routed adapter in Python"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .batches import shorten_prompt
 from .cards import write_card
-from .data import DataConfig, data_path, find_file, read_task
+from .data import DataConfig, data_path, find_file, read_task, task_file
 from .generation import NEW_TOKENS, write
 from .grading import all_lines, everyone, in_order, join, mark, open_results, settings_of, under_way
 from .pictures import save_picture
@@ -78,7 +78,7 @@ def tasks_to_grade(
             if task not in TASKS: raise ValueError(f"unknown task '{task}'{nearest(task, TASKS)}")
         return list(dict.fromkeys(wanted))
     if str(path) in TOY_WORLDS: return list(TASKS)
-    there = [task for task in TASKS if any((Path(path)/task/f"test.json{end}").is_file() for end in ("", ".gz"))]
+    there = [task for task in TASKS if task_file(Path(path), task, "test")]
     return there or [find_file(Path(path), "boolq", "test")]  # which says what is missing
 
 # %% ../nbs/10d_evaluate.ipynb #ef82aa45

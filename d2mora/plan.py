@@ -13,6 +13,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 import transformers
 
 from .batches import Prepared, check_tokenizer, computed_tokens, counts_table, epoch_batches, prepare
-from .data import DataConfig, column, data_path, read_rows
+from .data import DataConfig, column, data_path, home, read_rows
 from .footprint import bare_model, base_shape, count_parts, plan_step, step_bytes, step_flops
 from .recipe import Recipe, base_folder, check_cutoff
 from .strangers import UNTRUSTED, first_line
@@ -226,11 +227,13 @@ def two_steps(
     off = {"num_train_epochs", "eval_strategy", "load_best_model_at_end", "metric_for_best_model", "fp16", "bf16", "tf32", "warmup_steps", "report_to"}
     training = {k: v for k, v in recipe.training.items() if k not in off} | {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "use_cpu": True}
     shape = small_shape(base_shape(recipe.base), len(tokenizer))
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, warnings.catch_warnings(record=True) as noted, contextlib.redirect_stderr(nowhere):
         with torch.random.fork_rng(): torch.manual_seed(0), transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(f"{folder}/base")
         tokenizer.save_pretrained(f"{folder}/base")
         run = train(replace(recipe, base=f"{folder}/base", data=replace(recipe.data, validation_rows=0), training=training), f"{folder}/run")
-        return [line["loss"] for line in read_metrics(run) if "loss" in line]
+        losses = [line["loss"] for line in read_metrics(run) if "loss" in line]
+    for w in noted: warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    return losses
 
 # %% ../nbs/13_full.ipynb #ac63896d
 def find_tokenizer(
@@ -238,7 +241,7 @@ def find_tokenizer(
     stand_in: str | None,    # a folder or hub name to take instead
 ) -> tuple:                  # the tokenizer, and a line that says whose it is
     "The base's tokenizer, or another in its place."
-    name = stand_in or base_folder(recipe.base)
+    name = home(stand_in) if stand_in else base_folder(recipe.base)
     try: tokenizer = transformers.AutoTokenizer.from_pretrained(name, **UNTRUSTED)
     except Exception as error:
         raise ValueError(f"tokenizer of '{name}' cannot be loaded: {first_line(error)}; give another in its place by --tokenizer FOLDER") from error

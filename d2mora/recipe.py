@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'WORDS', 'MANY', 'REFUSED', 'LEAST', 'Recipe', 'recipe_names
 
 # %% ../nbs/08c_recipe.ipynb #0ed0d8a0
 import copy
+import os
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -27,7 +28,7 @@ from transformers import TrainingArguments
 
 import d2mora.tuner  # registers the method with PEFT
 from .batches import check_tokenizer
-from .data import DataConfig, data_path
+from .data import DataConfig, data_path, home
 from .strangers import UNTRUSTED, check_index, check_words, checked_download, first_line, methods, read_yaml
 from .tasks import nearest, toy_base
 
@@ -185,7 +186,7 @@ def parse_override(
     key, equals, value = text.partition("=")
     said = f"'{text[:60]}{'…' * (len(text) > 60)}'"
     if not equals: raise ValueError(f"{said} is not understood: write base=NAME or section.key=value")
-    if key == "base": return key, value
+    if key in ("base", "data.path"): return key, value  # a name or a path, whatever characters it has
     return key, read_yaml(value, said)
 
 # %% ../nbs/08c_recipe.ipynb #176f8b58
@@ -214,8 +215,8 @@ def absolute(
     name: str,  # a name or a path
 ) -> str:       # the full path if there is such a file or folder, else the name
     "A path that means the same from any folder."
-    path = Path(name).expanduser()
-    return str(path.resolve()) if name not in ("toy", "toy-hard") and path.exists() else name
+    path = home(name)
+    return os.path.realpath(path) if name not in ("toy", "toy-hard") and os.path.exists(path) else name
 
 # %% ../nbs/08c_recipe.ipynb #ee4de7ff
 def load_recipe(
@@ -252,6 +253,7 @@ def base_folder(
 ) -> str:       # what `from_pretrained` gets
     "The embedded base's folder for `toy`, the name itself otherwise."
     if base == "toy": return toy_base()
+    base = home(base)
     if is_gguf(base): raise ValueError(f"base '{base}' cannot be loaded: GGUF holds quantized weights for inference; name the model's Hugging Face folder or hub name, or convert it as scripts/smollm2.py does")
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
     if looks_local and not Path(base).is_dir(): raise ValueError(f"base '{base}' cannot be loaded: there is no such folder")

@@ -196,3 +196,10 @@ def test_the_program_itself():
     assert "Traceback" in program(*args, "--debug").stderr
     assert program("--version").stdout.startswith("d2mora ")
     assert not os.path.exists("never")
+
+
+def test_what_a_library_warns_of_reaches_the_user(tmp_path):
+    "PEFT's warning of tied embeddings, in one line; its and others' notes to programmers stay away."
+    done = program("train", "demo", "training.max_steps=2", "training.warmup_steps=0", "data.tasks=[boolq]", "adapter.target_modules=[lm_head]", "--dry-run")
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert done.returncode == 0 and any("tie_word_embeddings" in line for line in warned) and "deprecated" not in done.stderr

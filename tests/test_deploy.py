@@ -15,9 +15,13 @@ import transformers
 from d2mora import deploy, tuner
 from d2mora.cli import main
 from d2mora.deploy import export
-from d2mora.static import calibrate, fitted_map, low_rank, mean_map, static_lora
+from d2mora.data import DataConfig
+from d2mora.evaluate import evaluate, load_target
+from d2mora.evaluate import test_rows as rows_to_grade
+from d2mora.recipe import load_base
+from d2mora.static import calibrate, encoded_rows, fitted_map, low_rank, mean_map, static_lora
 from d2mora.tasks import toy_base
-from helpers import PAIRS, adapted, difference, tiny_llama, tokens
+from helpers import PAIRS, adapted, difference, fill, our_config, tiny_llama, tokens
 
 DEMO = Path(__file__).parents[1] / "nbs/results/demo"
 SMALL = dict(tasks=["boolq", "piqa"], rows=8, limit=8)
@@ -147,6 +151,51 @@ def test_modules_to_save_go_along(tmp_path):
     for m in (static, loaded): assert torch.equal(m.get_submodule(head).modules_to_save["default"].weight, model.get_submodule(head).modules_to_save["default"].weight)
     assert torch.equal(static.get_submodule(head).original_module.weight, tiny_llama().lm_head.weight)
     with torch.no_grad(): assert difference(loaded(ids).logits, static(ids).logits) < 1e-5
+
+
+def tied_adapter(folder, dtype=torch.float32, **fields):
+    "A base whose last layer is its embedding, and a filled adapter on it: the folder of each."
+    base = transformers.AutoModelForCausalLM.from_pretrained(toy_base(), dtype=dtype)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    base.save_pretrained(folder / "base"), transformers.AutoTokenizer.from_pretrained(toy_base()).save_pretrained(folder / "base")
+    model = fill(peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder / "base"), our_config(r=2, **fields)), std=0.1)
+    for name, p in model.named_parameters():
+        if "modules_to_save" in name: p.data += 0.1 * torch.randn_like(p)
+    model.save_pretrained(folder / "adapter")
+    return folder / "base", folder / "adapter"
+
+
+TIED = {  # what is adapted on a base with tied embeddings, and its precision
+    "lm_head": dict(target_modules=["lm_head"]),
+    "lm_head and others": dict(target_modules=["lm_head", "q_proj"]),
+    "lm_head saved whole": dict(modules_to_save=["lm_head"]),
+    "embeddings saved whole": dict(modules_to_save=["embed_tokens"]),
+    "bf16": dict(target_modules=["lm_head", "down_proj"], dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("what, how", [*((what, "merged") for what in TIED), ("lm_head", "per task"), ("embeddings saved whole", "per task"), ("bf16", "LoRA")])
+def test_the_card_says_what_lies_on_the_disk(what, how, tmp_path):
+    "An export is graded from its folder as anybody would grade it: the same figures, and the embeddings as they were."
+    base, adapter = tied_adapter(tmp_path, **TIED[what])
+    found = export(adapter, tmp_path / "out", data="toy", form="fitted", merge=how != "LoRA", per_task=how == "per task", **SMALL)
+    for task, one in found.items():
+        folder = tmp_path / "out" / task
+        graded = evaluate(folder, data="toy", tasks=[task] if task else SMALL["tasks"], limit=SMALL["limit"], progress=False)
+        written = json.loads((folder / "export.json").read_text())["costs"]["fitted"]
+        assert {t: own["accuracy"] for t, own in graded["tasks"].items()} == {t: own["accuracy"] for t, own in written["tasks"].items()}
+        whole, tokenizer, _ = load_target(folder)
+        lora = static_lora(*calibrated(adapter, list(one["costs"]["mean"]["tasks"])), "fitted")
+        ids = tokenizer(rows_to_grade("toy", ["piqa"], 1)["piqa"][0]["instruction"], return_tensors="pt").input_ids
+        with torch.no_grad(): expected, read = lora(ids).logits.float(), whole.eval()(ids).logits.float()
+        assert difference(read, expected) < (0.05 if what == "bf16" else 1e-3) * expected.abs().max()
+        if "embed" not in what: assert torch.equal(whole.get_input_embeddings().weight, load_base(str(base))[0].get_input_embeddings().weight)
+
+
+def calibrated(adapter, tasks):
+    "The routed model as it was before any export, and its moments on the rows that `export` takes."
+    model, tokenizer, _ = load_target(adapter)
+    return model, calibrate(model, [row for task in tasks for row in encoded_rows(tokenizer, DataConfig(path="toy", cutoff=128), task, "train", SMALL["rows"])])
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path):
