@@ -61,7 +61,8 @@ def uniform(layer: str, parts: dict[str, Tensor], pairing: str) -> dict[str, Ten
 
 
 def one_mix(layer: str, parts: dict[str, Tensor], pairing: str, weights: dict) -> dict[str, Tensor]:
-    "The layer with constant routing weights: {layer: {side: (experts,)}}."
+    "The layer with constant routing weights: {layer: {side: (experts,)}}; a layer whose weights are not known stays as it is."
+    if layer not in weights: return {}
     A, B = parts["A"], parts["B"]
     own = {side: w.to(A) for side, w in weights[layer].items()}
     if pairing == "one-to-one":  # Σ w_i B_i A_i: the pairs end to end are one pair of rank M · r
@@ -78,8 +79,9 @@ def ablation_plan(
     model: nn.Module,     # with our adapter
     means: dict | None = None,  # task -> layer -> side -> (experts,), for one mix per task
 ) -> dict[str, Callable]:  # name -> (task) -> change
-    "Every ablation that the adapter allows."
-    layer, name = next((m, n) for m in expert_layers(model) for n in m.active_adapters if n in m.d2mora_A)
+    "Every ablation that the adapter allows; a model without experts allows none."
+    layer, name = next(((m, n) for m in expert_layers(model) for n in m.active_adapters if n in m.d2mora_A), (None, ""))
+    if layer is None: return {}
     parts, pairing = tensors_of(layer, name), layer.adapter_config[name].pairing
     counts = {"down": len(parts["A"]), "up": len(parts["B"])}
     cut = {f"without {expert}": (lambda task, side=side, j=j: partial(without, side=side, j=j)) for side, count in counts.items() if count > 1
@@ -121,10 +123,11 @@ def means_of(
 # %% ../nbs/11c_ablations.ipynb #112e997b
 def draw_ablations(
     found: dict[str, dict[str, dict]],  # from `ablate`
-):                                      # a matplotlib Figure
+):                                      # a matplotlib Figure; None if nothing was ablated
     "Change of accuracy, ablations down and tasks across; bold where McNemar's test is below 0.05."
     from statistics import mean
     tasks, names = list(found["whole"]), [name for name in found if name != "whole"]
+    if not names: return None
     change = [[found[name][task]["change"] for task in tasks] for name in names]
     top, gain = max(5.0, *(abs(v) for line in change for v in line)), max(v for line in change for v in line) > 0
     look: tuple[str, float, float] = (MAPS["change"], top, -top) if gain else (MAPS["up"] + "_r", 0, -top)  # two sides only where there are two

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TWINS', 'COLLAPSED', 'DEAD', 'LOOKS', 'ALARMS', 'twins', 'misrouted', 'alarms', 'said', 'part_of', 'gradient_norms',
-           'task_index', 'losses_by_task', 'task_means', 'due', 'staying', 'Watch', 'logged', 'task_curves',
+           'task_index', 'losses_by_task', 'task_means', 'due', 'staying', 'attempt', 'Watch', 'logged', 'task_curves',
            'draw_curves']
 
 # %% ../nbs/11d_alarms.ipynb #38250c6a
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -23,7 +24,8 @@ from .likeness import LINES, NAMES, named_experts
 from .orthogonality import pairwise_cosine, whole
 from .pictures import canvas, expert_names, headline
 from .routing import short, token_weights
-from .runs import read_metrics
+from .runs import main_process, read_metrics
+from .strangers import first_line
 from .train import batch_rows
 from .trainer import row_losses
 
@@ -138,25 +140,42 @@ def staying(found: dict[str, list[str]], before: dict[str, list[str]], told: set
     return {kind: [t for t in own if t in before.get(kind, ()) and f"{kind}: {t}" not in told] for kind, own in found.items()}
 
 # %% ../nbs/11d_alarms.ipynb #5d1e9177
+def attempt(what: str, make: Callable, *args) -> Any:
+    "What `make` gives; None if it fails, which one line on stderr says: a diagnosis ends no run."
+    try: return make(*args)
+    except Exception as error:
+        if main_process(): tqdm.write(f"{what} failed and is left out, the run goes on: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+
+
 class Watch(TrainerCallback):
     "Adds gradient norms, losses by task and counts of alarms to the log; tells an alarm that stays."
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        self.tasks, self.norms, self.losses = task_index(getattr(train_dataloader, "dataset", None)), {}, {}
+        self.failed, self.norms, self.losses = set(), {}, {}
         self.rows, self.before, self.told = [], {}, set()
-        self.hook = model.register_forward_hook(self.see, with_kwargs=True)
+        self.tasks = self.part("the index of tasks", task_index, getattr(train_dataloader, "dataset", None))
+        self.hook = model.register_forward_hook(self.after_forward, with_kwargs=True)
+
+    def part(self, what, look, *args):
+        if what in self.failed: return {}
+        found = attempt(f"monitoring: {what}", look, *args)
+        if found is None: self.failed.add(what)
+        return found or {}
+
+    def after_forward(self, *call): self.part("losses by task", self.see, *call)  # a hook that gave something would replace the output
 
     def see(self, model, args, inputs, output):
-        if not model.training or inputs.get("labels") is None or inputs.get("attention_mask") is None: return
-        self.rows = batch_rows(inputs)
-        for task, sums in losses_by_task(inputs, output, self.tasks).items(): self.losses[task] = self.losses.get(task, 0) + sums
+        if not model.training or inputs.get("labels") is None or inputs.get("attention_mask") is None: return {}
+        self.rows, sums = batch_rows(inputs), losses_by_task(inputs, output, self.tasks)
+        self.losses |= {task: self.losses.get(task, 0) + own for task, own in sums.items()}
+        return sums
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs): self.norms = gradient_norms(model)
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs): self.norms = self.part("gradient norms", gradient_norms, model)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" not in logs: return
-        extra = {name: float(norm) for name, norm in self.norms.items()} | task_means(self.losses)
-        if due(state): extra |= self.look(model, state)
+        extra = {name: float(norm) for name, norm in self.norms.items()} | self.part("means over processes", task_means, self.losses)
+        if due(state): extra |= self.part("alarms", self.look, model, state)
         self.losses = {}
         for log in (logs, state.log_history[-1]): log.update(extra)  # for the callbacks behind this one; for checkpoints
 

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['load_target', 'with_adapter', 'tasks_to_grade', 'check_request', 'prompt_style', 'test_rows', 'on_device', 'bar_of',
-           'grade_all', 'about', 'write_results', 'begin', 'evaluate', 'ask', 'routing_table']
+           'grade_all', 'about', 'write_results', 'begin', 'evaluate', 'ask', 'equal_lengths', 'text_routing',
+           'by_token', 'routing_table']
 
 # %% ../nbs/10d_evaluate.ipynb #f1a7cb2d
+import itertools
 import json
 import os
 import sys
@@ -24,6 +26,7 @@ from .cards import write_card
 from .data import DataConfig, data_path, find_file, read_task, task_file
 from .generation import NEW_TOKENS, write
 from .grading import all_lines, everyone, in_order, join, mark, open_results, settings_of, under_way
+from .likelihood import forward
 from .pictures import save_picture
 from .protocols import PROTOCOLS, about_row, grader, in_batches, plan
 from .recipe import load_base, load_recipe, max_positions
@@ -31,7 +34,7 @@ from .report import draw_results, report, result_table, results, row_hash, text_
 from .runs import locked, write_text
 from .strangers import check_whole, first_line, read_adapter, read_weights
 from .tasks import PROMPT_STYLES, TASKS, TOY_WORLDS, evaluating, evaluation_prompt, nearest
-from .tuner import record_routing
+from .tuner import mixture, watch_layers
 
 # %% ../nbs/10d_evaluate.ipynb #220f0d1d
 def load_target(
@@ -221,17 +224,54 @@ def ask(
     return answers | ({"routing": table} if table else {})
 
 # %% ../nbs/10d_evaluate.ipynb #1807ded8
+def equal_lengths(
+    texts: list[list[int]],  # token ids
+    size: int = 16,          # texts at once, at most
+) -> list[torch.Tensor]:     # batches of token ids, (texts, tokens)
+    "Batches without padding, short texts first."
+    groups = itertools.groupby(sorted(texts, key=len), key=len)
+    return [batch for _, group in groups for batch in torch.tensor(list(group)).split(size)]
+
+
+def text_routing(
+    model,              # with or without routers
+    ids: torch.Tensor,  # texts of one length, (texts, tokens)
+) -> dict[str, dict[str, torch.Tensor]]:  # layer -> "down" (tokens, M), "up" (tokens, N), all calls of the layer one after the other, on the CPU
+    "The routers' weights of each token that a layer is given. Nothing is padded, so whatever shape a layer is given, all of it is tokens."
+    calls: dict[str, dict[str, list]] = {}
+
+    def see(name, layer, adapter, x):
+        mixture(layer, adapter, x.flatten(0, -2), seen := {})
+        for side, w in seen.items(): calls.setdefault(name, {}).setdefault(side, []).append(w.float().cpu())
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    every = 0 if hasattr(head, "active_experts") else 1  # an output layer with experts is to be given all tokens
+    ids = ids.to(next(model.parameters()).device)
+    with evaluating(model), watch_layers(model, see): forward(model, ids, torch.ones_like(ids), keep=every, cache=False)
+    found = {name: {side: torch.cat(own) for side, own in sides.items()} for name, sides in calls.items()}
+    return {name: sides for name, sides in found.items() if all(len(w) for w in sides.values())}
+
+
+def by_token(
+    routing: dict[str, dict[str, torch.Tensor]],  # from `text_routing`
+    tokens: int,                                  # of the one text
+) -> dict[str, dict[str, torch.Tensor]]:          # layer -> side -> (tokens, experts)
+    "The mean over a layer's calls; a layer that was given only some of the tokens is left out."
+    return {name: {side: w.unflatten(0, (-1, tokens)).mean(0) for side, w in sides.items()} for name, sides in routing.items()
+            if all(len(w) % tokens == 0 for w in sides.values())}
+
+
 def routing_table(
     model,       # a model with an adapter
     tokenizer,
     text: str,
 ) -> str:        # empty if nothing in it routes
     "Where the routers send each token, in percent."
-    ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
-    with evaluating(model), record_routing(model) as record: model(ids)
-    sides = {side: [w[side][0] for w in record.values() if w.get(side) is not None] for side in ("down", "up")}
+    ids = tokenizer(text)["input_ids"]
+    layers = by_token(text_routing(model, torch.tensor([ids])), len(ids)).values()
+    sides = {side: [own[side] for own in layers if side in own] for side in ("down", "up")}
     means = {side: torch.stack(found).mean(0) for side, found in sides.items() if found}  # (tokens, experts)
     if not means: return ""
     header = ["token", *(f"{'AB'[side == 'up']}{k + 1}" for side, w in means.items() for k in range(w.shape[1]))]
-    names = [tokenizer.decode(i).strip() or repr(tokenizer.decode(i)) for i in ids[0].tolist()]
+    names = [tokenizer.decode(i).strip() or repr(tokenizer.decode(i)) for i in ids]
     return text_table(header, [[name, *(f"{100 * v:.0f}" for w in means.values() for v in w[t].tolist())] for t, name in enumerate(names)])

@@ -269,8 +269,10 @@ def what_maps_say(
     scores: dict[str, dict[str, float]],  # side -> what `silhouettes` gives
 ) -> str:
     "One sentence: the mean silhouette of each side, and the layer whose experts lie together most."
-    means = {side: np.mean([*own.values()] or [np.nan]) for side, own in scores.items()}
-    words = ", ".join(f"{NAMES[side]} {means[side]:.2f}" + f" (most: {max(own, key=own.__getitem__)}, {max(own.values()):.2f})" * bool(own) for side, own in scores.items())
+    scores = {side: own for side, own in scores.items() if own}
+    if not scores: return "Experts of several layers, one in each"
+    means = {side: np.mean([*own.values()]) for side, own in scores.items()}
+    words = ", ".join(f"{NAMES[side]} {means[side]:.2f} (most: {max(own, key=own.__getitem__)}, {max(own.values()):.2f})" for side, own in scores.items())
     return f"Experts of a layer {'lie together' if max(means.values()) > 0.25 else 'do not lie together on the whole'}: silhouette of {words}; 1 would be tight clusters"
 
 
@@ -278,10 +280,10 @@ def draw_map(
     model: nn.Module,
     kinds: Iterable[str] | None = None,  # of layers; default: q, k and v
     seed: int = 0,
-):                                       # a matplotlib Figure; None if there are not five experts on a side
+):                                       # a matplotlib Figure; None if no side has five experts that are not all zero
     "Every expert a point, by t-SNE and by PCA; colour says the block, the marker the kind of layer."
     sides = {side: expert_points(model, side, kinds) for side in ("down", "up")}
-    sides = {side: found for side, found in sides.items() if len(found[1]) >= 5}
+    sides = {side: found for side, found in sides.items() if len(found[1]) >= 5 and found[0].any()}
     if not sides: return None
     scores = {side: silhouettes(*found) for side, found in sides.items()}
     with canvas(len(sides), 2, 7.2, 0.9 + 2.7 * len(sides)) as (figure, axes, colors):

@@ -7,7 +7,8 @@ __all__ = ['PAIRINGS', 'MOST', 'NOT_OURS', 'CARD_NOTE', 'MERGE_REFUSED', 'HEADS'
            'check_names', 'check_choice', 'misfit', 'check_experts', 'check_layers', 'check_config', 'peft_type',
            'as_set', 'D2MoraConfig', 'note_import', 'new_experts', 'mixture', 'update', 'update_rows', 'D2MoraLinear',
            'parameter_groups', 'features', 'add_experts', 'missed_targets', 'warn_if_left_out', 'warn_if_inert',
-           'row_names', 'check_saved_modules', 'default_targets', 'D2MoraModel', 'register_d2mora', 'record_routing']
+           'row_names', 'check_saved_modules', 'default_targets', 'D2MoraModel', 'register_d2mora', 'watch_layers',
+           'record_routing']
 
 # %% ../nbs/07_tuner.ipynb #0eaad25d
 import difflib
@@ -588,24 +589,33 @@ register_d2mora()
 
 # %% ../nbs/07_tuner.ipynb #ceac5376
 @contextmanager
-def record_routing(
+def watch_layers(
     model: nn.Module,  # any model with adapted layers
-) -> Iterator[dict[str, dict[str, Tensor]]]:  # by layer name: "down" (…, M) and "up" (…, N), where the pairing has them
-    "Record the routing weights of each forward pass; of several active adapters, the last."
-    record: dict[str, dict[str, Tensor]] = {}
+    see: Callable,     # called before each call of an adapted layer: (its name, the layer, its last active adapter, its input (…, d_in))
+) -> Iterator[None]:
+    "See what each adapted layer is given, without gradients."
 
     def look(name, layer, args, kwargs):
         if kwargs.get("adapter_names"):
             raise ValueError("record_routing looks at one adapter at a time: leave adapter_names out, and choose it by set_adapter")
-        for adapter in layer.active_adapters:
-            if adapter in layer.d2mora_A:
-                mixture(layer, adapter, args[0], seen=record.setdefault(name, {}))
+        for adapter in [a for a in layer.active_adapters if a in layer.d2mora_A][-1:]:
+            see(name, layer, adapter, args[0])
 
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, D2MoraLinear)]
     handles = [m.register_forward_pre_hook(partial(look, n), with_kwargs=True) for n, m in layers]
     try:
         with torch.no_grad():
-            yield record
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def record_routing(
+    model: nn.Module,  # any model with adapted layers
+) -> Iterator[dict[str, dict[str, Tensor]]]:  # by layer name: "down" (…, M) and "up" (…, N), where the pairing has them
+    "Record the routing weights of each layer's last call; of several active adapters, the last."
+    record: dict[str, dict[str, Tensor]] = {}
+    with watch_layers(model, lambda name, *call: mixture(*call, seen=record.setdefault(name, {}))):
+        yield record
