@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test nbmake: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
-.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input compatibility real-study smollm2
+.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input compatibility real-study smollm2 gpu
 
 help:                                        ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -82,6 +82,9 @@ bad-input: install                           ## the catalogue's answers, kept fo
 
 compatibility: install                       ## the tests with the lowest and the newest versions: benchmarks/results/compatibility.json
 	$(BIN)/python scripts/compatibility.py lowest && $(BIN)/python scripts/compatibility.py newest
+
+gpu:                                         ## everything asked of an NVIDIA GPU, MINUTES=10 OUT=benchmarks/results/gpu; installs nothing, needs no network
+	bash scripts/gpu.sh $(or $(MINUTES),10) $(or $(OUT),benchmarks/results/gpu) $(OPTIONS)
 
 real-study: install                          ## six methods on 16,000 real rows at both budgets, DATA=folder of the sets (about 4 hours on two cores; goes on where it stopped)
 	$(BIN)/python benchmarks/real_base.py --data $(or $(DATA),$(D2MORA_SHARED)/data)
