@@ -424,9 +424,10 @@ def generation_summary(results):
 
 
 def study_command(job, seconds):
-    "What is called; a trial only asks for its help."
-    program = [sys.executable, str(ROOT / "benchmarks" / "smollm2.py")]
-    return [*program, "--help"] if job.facts["trial"] else [*program, "--minutes", f"{seconds / 60:.1f}", "--workers", "auto"]
+    "What is called: both formats, LoRA and D2MoRA, two rates; a trial only asks for the table."
+    program = [sys.executable, str(ROOT / "benchmarks" / "smollm2.py"), "--data", str(job.shared / "data")]
+    program += ["--formats", "cloze,labels", "--methods", "lora,d2mora", "--seeds", "0", "--learning-rates", "1e-3,2e-3", "--minutes", f"{seconds / 60:.1f}"]
+    return [*program, "--table"] if job.facts["trial"] else program
 
 
 def study(job, seconds):
