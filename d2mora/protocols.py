@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTEXTS', 'PROTOCOLS', 'choice_pairs', 'by_likelihood', 'question_and_texts', 'content_pairs', 'by_writing',
-           'prompt_pairs', 'Protocol', 'items_of', 'grade_batch', 'out_of_memory', 'in_batches', 'free_memory', 'plan',
-           'grader', 'grade_rows', 'about_row', 'batch_differences', 'difference', 'lm_eval_docs', 'lm_eval_tasks']
+           'prompt_pairs', 'Protocol', 'writing', 'items_of', 'grade_batch', 'out_of_memory', 'in_batches',
+           'free_memory', 'plan', 'grader', 'grade_rows', 'about_row', 'batch_differences', 'difference',
+           'lm_eval_docs', 'lm_eval_tasks']
 
 # %% ../nbs/10b_protocols.ipynb #e911661f
 import gc
@@ -88,10 +89,16 @@ class Protocol:
     grade: Callable         # (model, tokenizer, task, rows, items, kept) -> [{"predicted": …}, …]
     room: int = 0           # tokens that will be written
     prompt: str | None = None  # its own prompt, where it has one
+    beams: int = 0          # with which it writes; 0: it writes nothing
+
+
+def writing(beams: int, prompt: str | None = None) -> Protocol:
+    "A protocol that reads the answer from what the model writes."
+    return Protocol(prompt_pairs, partial(by_writing, num_beams=beams), NEW_TOKENS, prompt, beams)
 
 
 PROTOCOLS = {"choice": Protocol(choice_pairs, by_likelihood), "content": Protocol(content_pairs, by_likelihood, prompt="as lm-eval"),
-             "generate": Protocol(prompt_pairs, by_writing, NEW_TOKENS), "official": Protocol(prompt_pairs, partial(by_writing, num_beams=4), NEW_TOKENS, "official")}
+             "generate": writing(1), "official": writing(4, "official")}
 
 
 def items_of(model, tokenizer, task: str, rows: list[dict], protocol: str, style: str) -> list[Item]:
