@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -123,11 +124,19 @@ class Collator:
         return batch
 
 # %% ../nbs/08a_batches.ipynb #762b032a
-def check_tokenizer(tokenizer) -> None:
-    "Refuse a tokenizer that cannot say where the answer begins, or has no token to end it."
+def check_tokenizer(
+    tokenizer,
+    rows: int | None = None,  # of the base's embeddings, where the base is known
+) -> None:
+    "Refuse a tokenizer that cannot say where the answer begins, has no token to end it, or has tokens that the base cannot read."
     name = tokenizer.name_or_path
     if not tokenizer.is_fast: raise ValueError(f"tokenizer '{name}' is not a fast one (no tokenizer.json): it cannot say where an answer begins")
     if tokenizer.eos_token_id is None: raise ValueError(f"tokenizer '{name}' has no EOS token: a model trained with it never learns to stop")
+    if rows is None: return
+    last, number = max(tokenizer.get_vocab().items(), key=lambda word: word[1])
+    if number >= rows:
+        raise ValueError(f"tokenizer '{name}' has {number + 1} tokens (the last is {last!r}), but its base has {rows} rows of embeddings: save the base again after "
+                         f"model.resize_token_embeddings({number + 1}), or take the added tokens out of the tokenizer")
 
 # %% ../nbs/08a_batches.ipynb #d5ec23f7
 def collator_for(tokenizer) -> Collator:
@@ -200,10 +209,10 @@ def split_validation(
     if not config.validation_rows: return rows, {}
     if config.validation_rows >= len(rows):
         raise ValueError(f"data.validation_rows={config.validation_rows} leaves nothing to train on: there are {len(rows)} rows")
-    split = rows.train_test_split(test_size=config.validation_rows, seed=42, keep_in_memory=True)  # not beside the rows' file, which may be read-only
-    tasks = column(split["test"], "task")
-    by_task = {t: split["test"].select([i for i, own in enumerate(tasks) if own == t]) for t in dict.fromkeys(column(rows, "task"))}
-    return split["train"], {task: own for task, own in by_task.items() if len(own)}
+    order = np.random.default_rng(42).permutation(len(rows))  # as `train_test_split` draws it, which would write beside the rows' file
+    held, tasks = order[:config.validation_rows], column(rows, "task")
+    by_task = {t: rows.select([i for i in held if tasks[i] == t]) for t in dict.fromkeys(tasks)}
+    return rows.select(order[config.validation_rows:]), {task: own for task, own in by_task.items() if len(own)}
 
 # %% ../nbs/08a_batches.ipynb #bd620e84
 def prepare(

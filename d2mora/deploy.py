@@ -80,11 +80,12 @@ def write_static(
     base: str,               # as the adapter calls it
     merge: bool,             # a whole model instead of a LoRA
 ) -> None:
-    "Write a LoRA, or the model it is merged into."
+    "Write a LoRA, or the model it is merged into; a tokenizer that is not the base's goes along."
+    own = tokenizer.name_or_path != base_folder(base)
     for config in static.peft_config.values(): config.base_model_name_or_path = base_folder(base)
     with writing(folder):
-        if merge: merged(static).save_pretrained(folder), tokenizer.save_pretrained(folder)
-        else: static.save_pretrained(str(folder))
+        (merged(static) if merge else static).save_pretrained(str(folder))
+        if merge or own: tokenizer.save_pretrained(folder)
 
 
 def read_static(

@@ -29,7 +29,7 @@ from .grading import all_lines, everyone, in_order, join, mark, open_results, se
 from .likelihood import forward
 from .pictures import save_picture
 from .protocols import PROTOCOLS, about_row, grader, in_batches, plan
-from .recipe import load_base, load_recipe, max_positions
+from .recipe import embeddings, load_base, load_recipe, load_tokenizer, max_positions
 from .report import draw_results, report, result_table, results, row_hash, text_table
 from .runs import locked, write_text
 from .strangers import check_whole, first_line, read_adapter, read_weights
@@ -55,6 +55,7 @@ def load_target(
     name = base or (recipe.base if recipe else config.get("base_model_name_or_path"))
     if not name: raise ValueError(f"'{target}' does not name its base: give it by --base")
     model, tokenizer = load_base(name)
+    if (folder/"tokenizer_config.json").is_file(): tokenizer = load_tokenizer(str(folder), "take the tokenizer's files out of the folder to go on with the base's", embeddings(model))
     return with_adapter(model, folder, name), tokenizer, recipe.data if recipe else None
 
 # %% ../nbs/10d_evaluate.ipynb #9f907c69
@@ -197,7 +198,7 @@ def evaluate(
     share, (model, tokenizer, config) = join(), load_target(target, base)
     rows = test_rows(path := data_path(DataConfig(path=data or (config.path if config else None))), tasks, limit)
     style, place = prompt_style(protocol, prompt, config and config.prompt), output or target
-    settings, folder = settings_of(model, protocol, style), Path(place) if place else None
+    settings, folder = settings_of(model, tokenizer, protocol, style), Path(place) if place else None
     with locked(folder) if folder and share[0] == 0 else nullcontext():
         done, keep = begin(folder, settings, again, share)
         found = done | everyone(grade_all(on_device(model), tokenizer, rows, settings, batch_size, done, keep, share, progress), share[1])

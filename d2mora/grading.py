@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .generation import generation_settings
+from .protocols import PROTOCOLS
 from .recipe import max_positions
 from .report import row_hash
 from .runs import writing
@@ -34,9 +36,11 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def settings_of(model, protocol: str, style: str) -> dict:
+def settings_of(model, tokenizer, protocol: str, style: str) -> dict:
     "All that the result of a row depends on, besides the row."
-    return {"protocol": protocol, "prompt": style, "model": fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."), "positions": max_positions(model)}
+    beams = PROTOCOLS[protocol].beams
+    settings = {"protocol": protocol, "prompt": style, "model": fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."), "positions": max_positions(model)}
+    return settings | ({"generation": generation_settings(tokenizer, beams)} if beams else {})
 
 
 def mark(settings: dict) -> str:

@@ -22,11 +22,11 @@ import peft
 import torch
 import transformers
 
-from .batches import Prepared, check_tokenizer, computed_tokens, counts_table, epoch_batches, prepare
+from .batches import Prepared, computed_tokens, counts_table, epoch_batches, prepare
 from .data import DataConfig, column, data_path, home, read_rows
 from .footprint import bare_model, base_shape, count_parts, plan_step, step_bytes, step_flops
-from .recipe import Recipe, base_folder, check_cutoff
-from .strangers import UNTRUSTED, first_line
+from .recipe import Recipe, base_folder, check_cutoff, load_tokenizer
+from .strangers import first_line
 from .runs import read_metrics
 from .tasks import nearest
 from .train import train
@@ -226,7 +226,7 @@ def two_steps(
     "Take two optimizer steps of a recipe on a small random model."
     off = {"num_train_epochs", "eval_strategy", "load_best_model_at_end", "metric_for_best_model", "fp16", "bf16", "tf32", "warmup_steps", "report_to"}
     training = {k: v for k, v in recipe.training.items() if k not in off} | {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "use_cpu": True}
-    shape = small_shape(base_shape(recipe.base), len(tokenizer))
+    shape = small_shape(base_shape(recipe.base), max(tokenizer.get_vocab().values()) + 1)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, warnings.catch_warnings(record=True) as noted, contextlib.redirect_stderr(nowhere):
         with torch.random.fork_rng(): torch.manual_seed(0), transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(f"{folder}/base")
         tokenizer.save_pretrained(f"{folder}/base")
@@ -242,10 +242,8 @@ def find_tokenizer(
 ) -> tuple:                  # the tokenizer, and a line that says whose it is
     "The base's tokenizer, or another in its place."
     name = home(stand_in) if stand_in else base_folder(recipe.base)
-    try: tokenizer = transformers.AutoTokenizer.from_pretrained(name, **UNTRUSTED)
-    except Exception as error:
-        raise ValueError(f"tokenizer of '{name}' cannot be loaded: {first_line(error)}; give another in its place by --tokenizer FOLDER") from error
-    check_tokenizer(tokenizer)
+    rows = None if stand_in else base_shape(recipe.base).get_text_config().vocab_size
+    tokenizer = load_tokenizer(name, "give another in its place by --tokenizer FOLDER", rows)
     return tokenizer, f"tokenizer:  {name}" + (f", standing in for that of {recipe.base}: token counts are approximate" if stand_in else "")
 
 

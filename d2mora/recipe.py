@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'WORDS', 'MANY', 'REFUSED', 'LEAST', 'Recipe', 'recipe_names', 'read_recipe', 'choices', 'describe', 'narrow',
            'converted', 'check_section', 'hint_key', 'adapter_class', 'adapter_config', 'check_training',
-           'parse_override', 'override', 'all_keys', 'absolute', 'load_recipe', 'is_gguf', 'base_folder', 'load_base',
-           'max_positions', 'check_cutoff', 'adapted_base']
+           'parse_override', 'override', 'all_keys', 'absolute', 'load_recipe', 'is_gguf', 'base_folder', 'embeddings',
+           'load_tokenizer', 'load_base', 'max_positions', 'check_cutoff', 'adapted_base']
 
 # %% ../nbs/08c_recipe.ipynb #0ed0d8a0
 import copy
@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import peft
 import torch
@@ -260,6 +260,23 @@ def base_folder(
     return base
 
 # %% ../nbs/08c_recipe.ipynb #75931280
+def embeddings(model: transformers.PreTrainedModel) -> int:
+    "How many tokens a model has embeddings for."
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+
+
+def load_tokenizer(
+    folder: str,              # or a name on the hub
+    mend: str,                # what helps if it cannot be loaded
+    rows: int | None = None,  # of the base's embeddings, where the base is known
+) -> Any:
+    "Load a tokenizer, or say in one line why not."
+    try: tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **UNTRUSTED)
+    except Exception as error: raise ValueError(f"tokenizer of '{folder}' cannot be loaded: {first_line(error)}; {mend}") from error
+    check_tokenizer(tokenizer, rows)
+    return tokenizer
+
+
 def load_base(
     base: str,  # hub name, folder, or `toy`
     dtype: torch.dtype | str = "auto",  # of its weights; "auto": as they are stored
@@ -273,7 +290,7 @@ def load_base(
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **UNTRUSTED)
     except Exception as error:
         raise ValueError(f"base '{base}' cannot be loaded: {first_line(error)}; give a hub name or a folder with config.json, weights and tokenizer.json") from error
-    check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, embeddings(model))
     model.config.name_or_path = base  # as the recipe calls it, not where it lies on this machine
     return model, tokenizer
 
