@@ -333,13 +333,14 @@ def aims(results):
     "What was aimed at, and what came out for each case."
     lines = {"tokens/s of D2MoRA over LoRA r 64 (aim: 1 or more)": [], "adapter time of loops over D2MoRA's (aim: 3 or more)": []}
     lines |= {f"planned {what} over measured (aim: 0.85 to 1.15)": [] for what in ("memory", "time")}
+    lines["GiB of D2MoRA at most (aim: 39.4 or less at 4 rows, an A100 of 40 GB)"] = []
     for name, found in results["cases"].items():
         ours, lora, loop, frozen = (found.get(method, {}) for method in ("D2MoRA", "LoRA r 64", "loops", "frozen"))
         plan = results["plan"].get(name, {}).get("D2MoRA", {})
         extra = [m["step_ms"] - frozen["step_ms"] if "step_ms" in m and "step_ms" in frozen else None for m in (loop, ours)]
         pairs = (ours, lora, "tokens_per_second"), (plan, ours, "gib", "peak_gib"), (plan, ours, "ms", "micro_batch_ms")
         rate, memory, spent = (quotient(a.get(keys[0]), b.get(keys[-1])) for a, b, *keys in pairs)
-        for line, value in zip(lines.values(), (rate, quotient(*extra), memory, spent)):
+        for line, value in zip(lines.values(), (rate, quotient(*extra), memory, spent, ours.get('peak_gib'))):
             line.append(f"{name}: {'not measured' if value is None else value}")
     return lines
 

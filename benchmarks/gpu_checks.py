@@ -39,7 +39,7 @@ def fill(model, std):
     return model
 
 
-def small_model(device, std=0.3, **fields):
+def small_model(device, std=0.1, **fields):
     "A LLaMA of two layers with a filled adapter, float32, the same on each device."
     torch.manual_seed(0)
     shape = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)

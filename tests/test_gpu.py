@@ -66,6 +66,21 @@ def test_generation_and_grading_have_rates(trial):
     assert found["grading"]["times_as_fast"] > 1 and found["grading"]["choice"]["rows"] > found["grading"]["published"]["rows"]
 
 
+@pytest.mark.parametrize("name", ["06_lean", "13_full"])
+def test_the_notebooks_show_a_run(name, trial, tmp_path, monkeypatch, capsys):
+    cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"]
+    (source,) = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" and "results/gpu" in "".join(cell["source"]))
+    (tmp_path / "nbs").mkdir(), monkeypatch.chdir(tmp_path / "nbs")
+    exec(source, {"json": json, "Path": Path})
+    assert "No GPU run has been made" in capsys.readouterr().out
+    (tmp_path / "benchmarks/results/gpu").mkdir(parents=True)
+    for part, found in trial[1].items():
+        (tmp_path / f"benchmarks/results/gpu/{part}.json").write_text(json.dumps(found))
+    exec(source, {"json": json, "Path": Path})
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("CPU", "GiB", "planned memory")) and "No GPU run" not in said
+
+
 def test_a_wrong_layer_is_noticed(shared, monkeypatch):
     from d2mora import tuner
 
