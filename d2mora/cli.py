@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['NO_ACCESS', 'versions', 'fitted', 'Folder', 'listed', 'app', 'hush', 'train', 'print_plan', 'evaluate',
-           'print_answers', 'print_result', 'print_comparison', 'free_folder', 'demo', 'words', 'compare', 'export',
-           'explained', 'main']
+           'print_answers', 'print_result', 'print_comparison', 'last_and_free', 'demo', 'words', 'compare', 'export',
+           'explained', 'go_on', 'main']
 
 # %% ../nbs/cli.ipynb #274e7ff8
 import errno
+import itertools
+import os
 import platform
+import shlex
 import shutil
 import sys
 import traceback
@@ -131,15 +134,16 @@ def print_plan(recipe, overrides, output, resume, tokenizer, gpus):
 @click.argument("targets", nargs=-1, metavar="[DIR ...]")
 @click.option("--base", help="In place of the run's base; alone: grade that base.")
 @click.option("--protocol", default="choice", help="choice (default), content, generate or official.")
-@click.option("--tasks", callback=listed, help="Comma-separated; default: all with test rows.")
+@click.option("--tasks", callback=listed, help="Comma-separated; default: those trained on.")
 @click.option("--limit", type=int, help="Only the first rows of each task.")
 @click.option("--data", help="A folder, toy or toy-hard; default: the recipe's.")
 @click.option("--prompt", help="plain or official; default: protocol's or recipe's.")
 @click.option("--batch-size", default=32, show_default=True, help="Rows at once; halved if too many.")
 @click.option("--output", type=Folder(), help="Where results go; default: into DIR.")
 @click.option("--again", is_flag=True, help="Move earlier results aside, grade anew.")
+@click.option("--paper", is_flag=True, help="Print the paper's rows under any base.")
 @click.option("--ask", "question", help="Answer one question by base and adapter instead.")
-def evaluate(targets, base, question, **options):
+def evaluate(targets, base, question, paper, **options):
     """Grade run folders, adapter folders, or a bare base by --base.
 
     \b
@@ -153,7 +157,7 @@ def evaluate(targets, base, question, **options):
     if options["output"] and len(targets) > 1: raise click.UsageError("--output is for one DIR: several would overwrite each other")
     for target in targets or [None]:
         if question: print_answers(question, target, base)
-        else: print_result(target, base, options)
+        else: print_result(target, base, paper, options)
     if len(targets) > 1 and not question: print_comparison(targets, options["protocol"])
 
 # %% ../nbs/cli.ipynb #b8423008
@@ -164,15 +168,15 @@ def print_answers(question, target, base):
     for who, text in ask(question, target, base, routing=True).items(): click.echo(f"{who}: {text.strip()}" if who != "routing" else f"\nrouting, mean over layers, percent\n{fitted(text)}")
 
 
-def print_result(target, base, options):
-    "Grade one target; print its table, and the paper's where all its tasks are real ones."
+def print_result(target, base, paper, options):
+    "Grade one target; print its table, and the paper's where that is comparable or asked for."
     from d2mora.evaluate import evaluate, join
-    from d2mora.report import NOTE, how, paper_table, result_table
+    from d2mora.report import NOTE, comparable, how, paper_table, result_table
 
     result = evaluate(target, base, **options)
     if join()[0]: return  # of several processes the first one speaks
     click.echo(f"{target or base}: protocol {result['protocol']}, {how(result)}\n{fitted(result_table(result))}")
-    if not str(result["data"]).startswith("toy"): click.echo(f"\n{fitted(paper_table())}\n{NOTE}")
+    if paper or comparable(result): click.echo(f"\n{fitted(paper_table())}\n{NOTE}")
     folder = options["output"] or target
     if folder: click.echo(f"\nwritten: {Path(folder)/('evaluation-' + result['protocol'] + '.json')}, .jsonl, a picture in plots/ and report.md")
 
@@ -187,29 +191,40 @@ def print_comparison(targets, protocol):
     for path, n in write_disagreements(targets, protocol): click.echo(f"\nwritten: {path}, {n} rows that they answer differently")
 
 # %% ../nbs/cli.ipynb #5e4c45bb
-def free_folder(
+def last_and_free(
     base: Path = Path("runs/demo"),  # the first name to try
-) -> Path:                           # it, or the first of base-2, base-3, … that does not exist
-    "A folder that is not there yet."
-    names = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, sys.maxsize))
-    return next(path for path in names if not path.exists())
+) -> tuple[Path | None, Path]:       # of base, base-2, base-3, …: the last in a row that exists, and the first that does not
+    "The folder of the last demo, and that of the next."
+    last = None
+    for n in itertools.count(1):
+        path = base if n == 1 else base.with_name(f"{base.name}-{n}")
+        if not path.exists(): break
+        last = path
+    return last, path
 
 
-@app.command(short_help="Train, grade and draw on the embedded toy world (about two minutes).")
+@app.command(short_help="Train, grade and draw on the embedded toy world (DEMOTIME).")
 @click.argument("overrides", nargs=-1, metavar="[section.key=value ...]")
 @click.option("--output", type=Folder(), help="The run folder; default: runs/demo, runs/demo-2, ...")
-def demo(overrides, output):
+@click.option("--resume", is_flag=True, help="Go on with the demo in --output; default: with the last one.")
+def demo(overrides, output, resume):
     """Train D2MoRA on the embedded toy world, grade it before and after, draw what it learned.
 
     \b
     Example:
       d2mora demo --output runs/demo
+      d2mora demo --resume
     """
-    from d2mora.compare import run
+    from d2mora.compare import BASE_GRADES, run
     from d2mora.recipe import load_recipe
 
-    folder = output or free_folder()  # the first of runs/demo, runs/demo-2, … that is free
-    click.echo(fitted(run(load_recipe("demo", overrides), folder)))
+    last, free = last_and_free()
+    if resume and not (output or last): raise click.UsageError("there is no demo in runs to go on with: leave --resume out, or name its folder by --output")
+    folder = output or (last if resume and last else free)
+    if last and folder == free and not (last/BASE_GRADES).exists(): click.echo(f"{last} is unfinished (d2mora demo --resume goes on with it); a new demo begins in {free}", err=True)
+    begun = folder/"recipe.yaml"
+    recipe = load_recipe(begun) if resume and not overrides and begun.is_file() else load_recipe("demo", overrides)
+    click.echo(fitted(run(recipe, folder, resume=resume)))
 
 # %% ../nbs/cli.ipynb #07d60e9c
 def words(text: str, kind: type = str) -> list:
@@ -284,10 +299,17 @@ def explained(
     "Say an error in one line."
     text = error.format_message() if isinstance(error, click.ClickException) else str(error)
     text = " ".join(text.split()) or type(error).__name__
-    if isinstance(error, OSError) and error.errno in NO_ACCESS: return f"d2mora: {text}: make room or grant access, and give the command again (train: with --resume)", 2
+    if isinstance(error, OSError) and error.errno in NO_ACCESS: return f"d2mora: {text}: make room or grant access, and give the command again (train and demo: with --resume)", 2
     if isinstance(error, (click.ClickException, ValueError, NotADirectoryError)): return f"d2mora: {text}", 2
     if isinstance(error, (KeyboardInterrupt, click.Abort)): return "d2mora: interrupted", 1
     return f"d2mora: {type(error).__name__}: {text} (--debug shows where)", 1
+
+
+def go_on(args: list[str]) -> str:
+    "How a command that trains goes on after it was stopped; empty for others."
+    command, words = next((a for a in args if not a.startswith("-")), ""), [a for a in args if a != "--resume"]
+    if command not in ("train", "demo", "compare"): return ""
+    return "go on with: d2mora " + shlex.join(words + ["--resume"] * (command != "compare"))
 
 
 def main(
@@ -299,10 +321,12 @@ def main(
     try: app.main([a for a in args if a != "--debug"], prog_name="d2mora", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error: click.echo(error.format_message())
     except BaseException as error:
-        if isinstance(error, SystemExit): raise
-        if debug: traceback.print_exc()
+        stopped = isinstance(error, (SystemExit, KeyboardInterrupt, click.Abort))
+        if debug and not isinstance(error, SystemExit): traceback.print_exc()
         line, status = explained(error)
-        click.echo(line, err=True)
+        if not isinstance(error, SystemExit): click.echo(line, err=True)
+        if stopped and (hint := go_on(args)) and int(os.environ.get("RANK", 0)) == 0: click.echo(hint, err=True)
+        if isinstance(error, SystemExit): raise
         return status
     return 0
 

@@ -7,7 +7,7 @@ __all__ = ['ROUTING_ROWS', 'ABLATION_ROWS', 'Parts', 'first_rows', 'expert_pictu
 
 # %% ../nbs/11e_diagnose.ipynb #8183a52f
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import nn
@@ -78,8 +78,8 @@ def draw(
 ) -> list[Path]:                 # the pictures, in `plots/`
     "Draw all that a run allows, as PNG and SVG; of a text also a page. A picture that fails is left out, and one line says so."
     run, recipe = Path(run), load_recipe(Path(run) / "recipe.yaml")
-    parts: list = [("loss", draw_curves, run)]
-    if before and after: parts.append(("accuracy", draw_results, {"frozen base": before, "with the adapter": after}))
+    parts: Iterable[tuple] = [("loss", draw_curves, run)]
+    if before and after: parts = [*parts, ("accuracy", draw_results, {"frozen base": before, "with the adapter": after})]
     model, tokenizer, _ = load_target(run)
     if next(named_experts(on_device(model)), None):
         rows = first_rows(recipe, ROUTING_ROWS)

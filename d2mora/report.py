@@ -6,12 +6,13 @@
 __all__ = ['COLUMNS', 'NAMES', 'NOTE', 'wilson_interval', 'average_interval', 'mean_chance', 'majority', 'confidence',
            'calibration_error', 'mcnemar', 'holm', 'row_hash', 'read_graded', 'pairs', 'paired', 'disagreements',
            'write_disagreements', 'text_table', 'percent', 'span', 'verdict', 'paired_table', 'summary', 'results',
-           'result_table', 'group_of', 'groups', 'mean_std', 'seeds_table', 'comparison', 'paper_rows', 'paper_table',
-           'draw_results', 'above_chance', 'loss_table', 'how', 'picture_lines', 'report']
+           'result_table', 'group_of', 'groups', 'mean_std', 'seeds_table', 'comparison', 'paper_rows', 'comparable',
+           'paper_table', 'draw_results', 'above_chance', 'loss_table', 'how', 'picture_lines', 'report']
 
 # %% ../nbs/09b_report.ipynb #a3ad9f3b
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from csv import DictReader
@@ -25,7 +26,7 @@ from typing import Any
 from .data import read_task
 from .pictures import CHANCE, canvas, headline
 from .strangers import read_json, read_lines
-from .tasks import TASKS, row_answers
+from .tasks import TASKS, TOY_WORLDS, row_answers
 from .recipe import load_recipe
 from .runs import validation_losses, write_text
 
@@ -291,6 +292,14 @@ def paper_rows() -> list[dict]:
     with (files("d2mora")/"assets"/"paper_table.csv").open(encoding="utf-8") as file: return list(DictReader(file))
 
 
+def comparable(
+    result: dict,  # from `evaluate`
+) -> bool:
+    "Whether the paper's rows may stand beside a result: LLaMA 7B by the base's name, every row of all eight tasks."
+    base = Path(str(result.get("base"))).name
+    return bool(re.search(r"llama.*7b", base, re.I)) and set(result["tasks"]) == set(TASKS) and not result.get("limit") and result.get("data") not in TOY_WORLDS
+
+
 def paper_table(
     methods: Iterable[str] = ("LoRA", "HydraLoRA", "D2MoRA"),  # which rows
 ) -> str:
@@ -362,6 +371,6 @@ def report(
     if (run/"metrics.jsonl").is_file() and validation_losses(run): parts += ["## Held-out loss", loss_table(run)]
     graded = [read_json(path, "protocol", "tasks", "average") for path in sorted(run.glob("evaluation-*.json"))]
     for result in graded: parts += [f"## Protocol {result['protocol']}", how(result), result_table(result)]
-    if graded: parts += ["## The paper's rows", paper_table(), NOTE]
+    if any(map(comparable, graded)): parts += ["## The paper's rows", paper_table(), NOTE]
     pictures = picture_lines(run/"plots")
     return "\n\n".join(parts + (["## Pictures", *pictures] if pictures else [])) + "\n"

@@ -63,7 +63,7 @@ def writing(
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)): raise
         there = next(folder for folder in final.absolute().parents if folder.is_dir())
         raise ValueError(f"{final} cannot be written ({shutil.disk_usage(there).free / 2**20:.1f} MiB free on its disk): {first_line(error)}; what was "
-                         "written before is untouched: make room, or make it writable, and give the command again (train: with --resume)") from error
+                         "written before is untouched: make room, or make it writable, and give the command again (train and demo: with --resume)") from error
 
 # %% ../nbs/08d_runs.ipynb #9e43f7e4
 @contextmanager

@@ -216,7 +216,7 @@ def fit(
     except Abandoned: pass  # the validation before the first step
     saved = Path(str(trainer.args.output_dir))/f"checkpoint-{trainer.state.global_step}"
     if not stopper.asked or trainer.state.global_step >= trainer.state.max_steps and not saved.exists(): return  # it came after the last step
-    if main_process(): print(f"stopped by SIGTERM: {saved.name if saved.exists() else 'nothing'} is saved, go on with --resume", file=sys.stderr)
+    if main_process(): print(f"stopped by SIGTERM: {saved.name if saved.exists() else 'nothing'} is saved, resume goes on with it", file=sys.stderr)
     raise SystemExit(0)
 
 # %% ../nbs/09_train.ipynb #c32c0c19

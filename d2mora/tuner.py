@@ -617,5 +617,5 @@ def record_routing(
 ) -> Iterator[dict[str, dict[str, Tensor]]]:  # by layer name: "down" (…, M) and "up" (…, N), where the pairing has them
     "Record the routing weights of each layer's last call; of several active adapters, the last."
     record: dict[str, dict[str, Tensor]] = {}
-    with watch_layers(model, lambda name, *call: mixture(*call, seen=record.setdefault(name, {}))):
+    with watch_layers(model, lambda name, layer, adapter, x: mixture(layer, adapter, x, record.setdefault(name, {}))):
         yield record

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shlex
+import signal
+import time
 
 import pytest
 from PIL import Image
-from program import program
+from program import Program, program
 
 import d2mora.compare
 from d2mora.cli import main
@@ -49,7 +52,7 @@ def test_demo_grades_before_and_after(demo):
 def test_second_demo_takes_the_next_folder(demo, monkeypatch):
     monkeypatch.chdir(demo[0].parents[1])
     taken = []
-    monkeypatch.setattr(d2mora.compare, "run", lambda recipe, folder: taken.append(str(folder)) or "")
+    monkeypatch.setattr(d2mora.compare, "run", lambda recipe, folder, resume: taken.append(str(folder)) or "")
     assert main(["demo"]) == 0 and taken == [os.path.join("runs", "demo-2")]
 
 
@@ -77,3 +80,44 @@ def test_an_occupied_folder_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text("x")
     with pytest.raises(ValueError, match="already holds"):
         run(load_recipe("demo", SHORT), tmp_path)
+
+
+# ---- a demo that was killed ----
+def two_lines(folder):
+    return (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").read_text().count("\n") >= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_demo_goes_on_to_the_end_as_it_says(number, tmp_path):
+    started, folder, until = Program("demo", "training.max_steps=40", "training.logging_steps=1", "data.tasks=[piqa]", cwd=tmp_path), tmp_path / "runs" / "demo", time.monotonic() + 200
+    while not two_lines(folder) and started.poll() is None and time.monotonic() < until: time.sleep(0.01)
+    started.send_signal(number)
+    _, said = started.communicate()
+    again = ["demo", "training.max_steps=40", "training.logging_steps=1", "data.tasks=[piqa]", "--resume"]
+    assert started.returncode == (0 if number == signal.SIGTERM else -number) and not (folder / "adapter").exists()
+    assert number == signal.SIGKILL or said.splitlines()[-1] == f"go on with: d2mora {shlex.join(again)}" and "is saved" in said, said
+    done = program(*(again if number == signal.SIGTERM else ["demo", "--resume"]), cwd=tmp_path)  # its words may be left out
+    assert done.returncode == 0 and "| piqa" in done.stdout and "go on from checkpoint" in done.stderr or number == signal.SIGKILL, done.stderr
+    assert all((folder / name).is_file() for name in ("evaluation-choice.json", "before.json", "report.md", "plots/accuracy.png")) and len(list(folder.parent.iterdir())) == 1
+    assert len(set(map(str.strip, (folder / "metrics.jsonl").read_text().splitlines()))) >= 40
+
+
+def test_a_demo_that_was_stopped_while_grading_goes_on(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__): raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    words = ["demo", *(f"{key}={json.dumps(value)}" for key, value in SHORT.items())]
+    with monkeypatch.context() as patch:
+        patch.setattr(d2mora.compare, "evaluate", stopped)
+        assert main(words) == 1 and capsys.readouterr().err.splitlines()[-1] == f"go on with: d2mora {shlex.join([*words, '--resume'])}"
+    assert main(["demo", "--resume", "training.seed=7"]) == 2 and "another recipe" in capsys.readouterr().err
+    assert main(["demo", "--resume"]) == 0 and "| piqa" in capsys.readouterr().out and (tmp_path / "runs/demo/before.json").is_file()
+    monkeypatch.setattr(d2mora.compare, "run", lambda *_, **__: "")
+    assert main(words) == 0 and "unfinished" not in capsys.readouterr().err
+    (tmp_path / "runs/demo/before.json").unlink()
+    assert main(words) == 0 and "runs/demo is unfinished (d2mora demo --resume goes on with it); a new demo begins in runs/demo-2" in capsys.readouterr().err
+
+
+def test_no_demo_to_go_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--resume"]) == 2 and "no demo" in capsys.readouterr().err

@@ -318,7 +318,7 @@ def test_results_files(run):
     assert sum(line["right"] for line in lines if line["task"] == "boolq") == round(10 * stored["tasks"]["boolq"]["accuracy"])
     evaluate(run, tasks=["boolq"], limit=4, protocol="generate")
     text = (run / "report.md").read_text()
-    assert "Protocol choice" in text and "Protocol generate" in text and "D2MoRA 3,4,16" in text
+    assert "Protocol choice" in text and "Protocol generate" in text and "LLaMA-7B" not in text  # one toy task is no match for the paper's rows
 
 
 def test_run_adapter_folder_and_base_agree(run):
@@ -360,3 +360,16 @@ def test_the_table_on_the_command_line(run, capsys):
     out = capsys.readouterr().out
     assert "boolq" in out and "average" in out and "95 % interval" in out
     assert set(TASKS) >= {"boolq", "piqa"}
+
+
+def test_a_run_is_graded_on_the_tasks_that_it_was_trained_on(run, capsys):
+    assert list(evaluate(run, limit=2)["tasks"]) == ["boolq"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "trained on" in line]
+    assert "not on piqa, " in line and f"--tasks {','.join(TASKS)}" in line
+    assert list(evaluate(run, tasks=["boolq", "piqa"], limit=2)["tasks"]) == ["boolq", "piqa"] and "trained on" not in capsys.readouterr().err
+    assert list(evaluate(run / "adapter", data="toy", limit=2, output=run / "other")["tasks"]) == list(TASKS) and "trained on" not in capsys.readouterr().err
+
+
+def test_the_papers_rows_are_printed_where_asked_for(run, capsys):
+    assert main(["evaluate", str(run), "--limit", "2"]) == 0 and "LLaMA-7B" not in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--limit", "2", "--paper"]) == 0 and "LLaMA-7B D2MoRA 3,4,16" in capsys.readouterr().out
