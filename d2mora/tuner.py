@@ -6,9 +6,9 @@
 __all__ = ['PAIRINGS', 'MOST', 'NOT_OURS', 'CARD_NOTE', 'MERGE_REFUSED', 'HEADS', 'NoMatch', 'router_widths', 'check_number',
            'check_names', 'check_choice', 'misfit', 'check_experts', 'check_layers', 'check_config', 'peft_type',
            'as_set', 'D2MoraConfig', 'note_import', 'new_experts', 'mixture', 'update', 'update_rows', 'D2MoraLinear',
-           'parameter_groups', 'features', 'add_experts', 'missed_targets', 'warn_if_left_out', 'warn_if_inert',
-           'row_names', 'check_saved_modules', 'default_targets', 'D2MoraModel', 'register_d2mora', 'watch_layers',
-           'record_routing']
+           'parameter_groups', 'features', 'add_experts', 'missed_targets', 'no_match', 'warn_if_left_out',
+           'warn_if_inert', 'row_names', 'check_saved_modules', 'default_targets', 'D2MoraModel', 'register_d2mora',
+           'watch_layers', 'record_routing']
 
 # %% ../nbs/07_tuner.ipynb #0eaad25d
 import difflib
@@ -233,6 +233,8 @@ class D2MoraConfig(peft.PeftConfig):
         self.target_modules, self.exclude_modules = as_set(self.target_modules), as_set(self.exclude_modules)
 
     def save_pretrained(self, save_directory, **kwargs):
+        if vars(self).keys() & {"init_weights", "init_lora_weights"}:  # set by PEFT for this one option
+            raise ValueError("path_initial_model_for_weight_conversion is for methods that change the frozen weights: leave it out")
         super().save_pretrained(save_directory, **kwargs)
         if "auto_mapping_dict" in kwargs:  # called by PeftModel.save_pretrained, which has just written the card
             note_import(Path(save_directory))
@@ -392,7 +394,8 @@ def features(
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not isinstance(layer, nn.MultiheadAttention):  # LoRA would change it
-            try: lora = peft.inject_adapter_in_model(peft.LoraConfig(r=1, target_modules=["layer"]), nn.ModuleDict({"layer": layer, "other": nn.Linear(1, 1)}))["layer"]
+            beside: Any = nn.ModuleDict({"layer": layer, "other": nn.Linear(1, 1)})
+            try: lora = peft.inject_adapter_in_model(peft.LoraConfig(r=1, target_modules=["layer"]), beside).layer
             except ValueError: pass
     if lora is None or isinstance(lora, (lora_layers.Embedding, lora_layers._ConvNd)):
         kind = f"{type(layer).__module__}.{type(layer).__name__}".removeprefix("torch.nn.modules.")
@@ -426,6 +429,20 @@ def missed_targets(
     near = {w: difflib.get_close_matches(w, leaves, n=2, cutoff=0.5) for w in missed}
     hint = "; ".join(f"{w} is near {' and '.join(found)}" for w, found in near.items() if found)
     return missed, hint or f"linear layers here: {', '.join(leaves[:20])}"
+
+
+def no_match(
+    config: D2MoraConfig,  # named no layer to adapt
+    model: nn.Module,      # has none of them
+) -> str:
+    "Say why nothing is adapted, with near misses and with what else narrows the choice."
+    if not config.target_modules:
+        return f"target_modules={config.target_modules if isinstance(config.target_modules, str) else []!r}: give a list of names, or one pattern; leave it out for the usual ones"
+    narrow = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    limits = [f"{name}={getattr(config, name)!r}" for name in narrow if getattr(config, name) not in (None, [], set(), "")]
+    wanted = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    left = f"; {', '.join(limits)} may leave none" if limits else ""
+    return f"target_modules={wanted} match no layer of {type(model).__name__} ({missed_targets(config, model)[1]}{left})"
 
 
 def warn_if_left_out(
@@ -505,7 +522,7 @@ def default_targets() -> dict[str, list[str]]:
     return {"phi3": ["qkv_proj"]} | {model: [*t, "k_proj"] if {"q_proj", "v_proj"} <= set(t) else [*t] for model, t in LORA_TARGETS.items()}
 
 
-NoMatch = getattr(peft.utils, "NoMatchingPeftModuleError", ValueError)  # PEFT before 0.21 raises a plain ValueError
+NoMatch: type[ValueError] = getattr(peft.utils, "NoMatchingPeftModuleError", ValueError)  # earlier versions raise a plain ValueError
 
 
 class D2MoraModel(BaseTuner):
@@ -517,10 +534,8 @@ class D2MoraModel(BaseTuner):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         try: super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatch as error:
-            config = self.peft_config[adapter_name]
-            missed, hint = missed_targets(config, model)
-            if str(error).startswith("layer '") or not missed: raise
-            raise NoMatch(f"target_modules={missed} match no layer of {type(model).__name__} ({hint})") from error
+            if NoMatch is ValueError and not re.match("Target modules|All modules|No ", str(error)): raise
+            raise NoMatch(no_match(cast(D2MoraConfig, self.peft_config[adapter_name]), model)) from error
 
     def _prepare_adapter_config(self, peft_config, model_config):
         self.target_module_mapping = default_targets()

@@ -1,10 +1,13 @@
 """Models that tests adapt, and the two habits of every behaviour test: fill the adapter, see that it acts."""
 
+from functools import partial
+
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import d2mora
+from d2mora.tuner import PAIRINGS
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 PAIRS = {"many-to-many": (3, 8), "one-to-many": (1, 4), "one-to-one": (4, 4)}
@@ -52,6 +55,29 @@ def adapted_stories(shared, **fields):
     base, tokenizer = load_base(str(shared / "models/stories260K"))
     torch.manual_seed(0)
     return fill(peft.get_peft_model(base, our_config(**fields)), std=0.05), tokenizer, str(shared / "data")
+
+
+def loop(layer, x):
+    "The update of a layer in float64, token by token and expert by expert; of a pairing that is new here, by its own function."
+    config, part = layer.adapter_config["default"], lambda name: getattr(layer, f"d2mora_{name}")["default"].stack().detach().double()
+    A, B = part("A"), part("B")
+    weigh = lambda side, v: (part(f"router_{side}") @ v).softmax(0)
+
+    def token(v):
+        down = [a @ v for a in A]
+        if config.pairing == "one-to-one":
+            e = [w * h for w, h in zip(weigh("down", v), down)]
+        elif config.pairing == "one-to-many":
+            e = [w * down[0] for w in weigh("up", v)]
+        elif config.pairing == "many-to-many":
+            z = sum(w * h for w, h in zip(weigh("down", v), down))
+            e = [w * z for w in weigh("up", z)]
+        else:
+            e = PAIRINGS[config.pairing](lambda v: torch.stack([a @ v for a in A]), partial(weigh, "down"), partial(weigh, "up"), v)
+        return sum(b.T @ e_j for b, e_j in zip(B, e))
+
+    out = torch.stack([token(v) for v in x.double().reshape(-1, x.shape[-1])])
+    return out.view(*x.shape[:-1], -1) * config.lora_alpha / config.r
 
 
 def tokens(rows=2, length=12, seed=3):

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners import lora
 from torch import nn
 
 import d2mora
@@ -100,6 +101,71 @@ def test_layers_that_are_not_linear_are_refused(kind, target):
     base.model.conv = nn.Conv1d(4, 4, 3)
     with pytest.raises(ValueError, match=f"layer '.*{target}': D2MoRA adapts linear layers only, not a .*: take it out of target_modules"):
         peft.get_peft_model(base, config(target_modules=["q_proj", target]))
+
+
+def said(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if "leaves out" in str(w.message)]
+
+
+def test_all_linear_says_once_what_it_leaves_out():
+    "Experts that are one tensor for all, as transformers 5 keeps Mixtral's, are no linear layers."
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    mixtral = transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig(num_local_experts=4, **sizes))
+    left = sum(p.numel() for n, p in mixtral.named_parameters() if ".experts." in n) / sum(p.numel() for p in mixtral.parameters())
+    (text,) = said(lambda: peft.get_peft_model(mixtral, config(target_modules="all-linear")))
+    assert "experts.gate_up_proj, experts.down_proj" in text and f"{left:.0%} of Mixtral" in text and left > 0.5
+    assert not said(lambda: peft.get_peft_model(mixtral, config(target_modules=["q_proj"])))
+    assert not said(lambda: peft.get_peft_model(tiny_llama(), config(target_modules="all-linear")))
+    assert not said(lambda: peft.get_peft_model(small("gpt 2"), config(target_modules="all-linear")))
+
+
+def test_gpt2_under_zero_3_has_its_sizes_beside_the_weight():
+    base = small("gpt 2")
+    for name, p in base.named_parameters():
+        if "c_attn.weight" in name: p.ds_shape, p.data = p.shape, torch.empty(0)
+    layer = next(m for m in peft.get_peft_model(base, config(target_modules=["c_attn"])).modules() if isinstance(m, tuner.D2MoraLinear))
+    assert (layer.in_features, layer.out_features) == (64, 192)
+
+
+@pytest.mark.parametrize("targets", [["in_proj", "out_proj"], "all-linear"])
+def test_what_lora_must_not_adapt_in_mamba_we_must_not_either(targets):
+    mamba = lambda: transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2))
+    for method in (config(target_modules=targets), peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM")):
+        with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"): peft.get_peft_model(mamba(), method)
+    assert adapted_layers(peft.get_peft_model(mamba(), config(target_modules=["in_proj", "x_proj"]))) == {"in_proj", "x_proj"}
+
+
+class Packed(nn.Module):
+    "A quantizer's layer: no linear layer by class, its numbers in a buffer."
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("qweight", (127 * layer.weight.detach()).round().to(torch.int8))
+
+    def forward(self, x): return x @ self.qweight.T.to(x.dtype) / 127
+
+
+def test_a_quantizer_that_lora_takes_is_taken(monkeypatch):
+    class Twin(lora.Linear):
+        pass
+
+    dispatch = lambda target, name, **given: Twin(nn.Linear(target.in_features, target.out_features), name, **given) if isinstance(target, Packed) else None
+    base = tiny_llama()
+    base.model.layers[0].self_attn.q_proj = Packed(base.model.layers[0].self_attn.q_proj)
+    with pytest.raises(ValueError, match="not a .*Packed"): peft.get_peft_model(base, config(target_modules=["q_proj"]))
+    monkeypatch.setattr(lora.model, "dispatch_hqq", dispatch)
+    model = fill(peft.get_peft_model(base, config(target_modules=["q_proj"]))).eval()
+    with model.disable_adapter(): plain = model(tokens()).logits
+    assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer, Packed) and difference(model(tokens()).logits, plain) > 1e-2
+
+
+def test_default_targets_are_looked_up_when_they_are_needed(monkeypatch):
+    monkeypatch.setitem(tuner.LORA_TARGETS, "llama", ["o_proj"])
+    assert adapted_layers(peft.get_peft_model(tiny_llama(), config())) == {"o_proj"}
 
 
 def test_unknown_architecture_asks_for_targets():

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from bad_input import published, rows
-from helpers import difference, fill, tiny_llama, tokens
+from helpers import PAIRS, difference, fill, loop, tiny_llama, tokens
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -31,7 +31,7 @@ from d2mora.data import DataConfig, read_task, row_problem
 from d2mora.evaluate import with_adapter
 from d2mora.recipe import load_recipe
 from d2mora.strangers import read_adapter, read_weights
-from d2mora.tuner import PAIRINGS, D2MoraLinear
+from d2mora.tuner import PAIRINGS, D2MoraLinear, misfit
 
 FUZZ = os.environ.get("D2MORA_FUZZ")
 CASES, FEW, SOME = (820, 100, 300) if FUZZ else (27, 8, 32)  # of each property; the slow ones get fewer
@@ -101,8 +101,9 @@ def configurations(draw):
     "Fields of a valid configuration, without its layers."
     pairing = draw(st.sampled_from(sorted(PAIRINGS)))
     M, N = draw(ONE_TO), draw(ONE_TO)
-    M, N = {"one-to-one": (N, N), "one-to-many": (1, N)}.get(pairing, (M, N))
-    made = dict(pairing=pairing, num_down_experts=M, num_up_experts=N, r=draw(st.integers(1, 9)), lora_alpha=draw(st.floats(0.125, 32) | st.integers(1, 32)))
+    r = draw(st.integers(1, 9))
+    M, N = next((m, n) for m, n in ((M, N), (N, N), (1, N), (M, 1), PAIRS[pairing]) if not misfit(pairing, m, n, r))
+    made = dict(pairing=pairing, num_down_experts=M, num_up_experts=N, r=r, lora_alpha=draw(st.floats(0.125, 32) | st.integers(1, 32)))
     dropout = draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1e-9, 1 - 1e-9]))
     return made | dict(lora_dropout=dropout, expert_dropout=draw(st.sampled_from(["shared", "independent"])), orthogonality_weight=draw(st.floats(0, 0.01)))
 
@@ -126,19 +127,6 @@ def chain(widths, kinds, dtype):
         torch.manual_seed(0)
         made = [nn.Linear(a, b) if kind is nn.Linear else Conv1D(b, a) for a, b, kind in zip(widths, widths[1:], kinds)]
         return nn.Sequential(*made).to(dtype)
-
-
-def obvious(layer, x):
-    "The layer as one would write it down: pair by pair, in float64."
-    config, A, B = layer.adapter_config["default"], *(W.double() for W in layer.experts("default"))
-    routers = {s: getattr(layer, f"d2mora_router_{s}")["default"].weight.double() for s in ("down", "up") if "default" in getattr(layer, f"d2mora_router_{s}")}
-    down, total = [a @ x for a in A], 0
-    if config.pairing == "many-to-many":
-        z = sum(w * d for w, d in zip((routers["down"] @ x).softmax(0), down))
-        total = sum(w * (b.T @ z) for w, b in zip((routers["up"] @ z).softmax(0), B))
-    if config.pairing == "one-to-one": total = sum(w * (b.T @ d) for w, b, d in zip((routers["down"] @ x).softmax(0), B, down))
-    if config.pairing == "one-to-many": total = sum(w * (b.T @ down[0]) for w, b in zip((routers["up"] @ x).softmax(0), B))
-    return config.lora_alpha / config.r * total
 
 
 def step(model, loss) -> None:
@@ -179,11 +167,11 @@ def test_layers_compute_train_save_and_load(layers, dtype, cast, leading):
 
 
 def layers_equal(model, names, x, widths) -> None:
-    "Each adapted layer adds what the obvious loop adds."
+    "Each adapted layer adds what the loop adds."
     layer, x = model.base_model.model[int(names[0])], torch.randn(3, widths[int(names[0])])
     if next(layer.parameters()).dtype not in (torch.float32, torch.float64): return
     x = x.to(next(layer.base_layer.parameters()).dtype)
-    added, wanted = layer(x).double() - layer.base_layer(x).double(), torch.stack([obvious(layer, row.double()) for row in x])
+    added, wanted = layer(x).double() - layer.base_layer(x).double(), loop(layer, x)
     assert difference(added, wanted) <= 1e-4 * max(1.0, wanted.abs().max().item()), difference(added, wanted)
 
 
@@ -240,7 +228,7 @@ def test_published_checkpoints_in_any_order(M, N, r, d, layers, order, alpha):
 # ---- what is not says why ----
 ODD = st.none() | st.booleans() | st.text(max_size=5) | st.lists(st.integers(), max_size=2) | st.just(float("nan"))
 COUNT = st.integers(max_value=0) | st.integers(65536) | st.floats() | ODD
-NAMES = st.integers() | st.floats() | st.just([]) | st.just("") | st.lists(st.integers(), min_size=1, max_size=2) | st.just({"a": 1}) | st.sampled_from(["(", "[a", "*", "a{2,1}", "(?P<a"])
+NAMES = st.integers() | st.floats() | st.lists(st.integers(), min_size=1, max_size=2) | st.just({"a": 1}) | st.sampled_from(["(", "[a", "*", "a{2,1}", "(?P<a"])
 WRONG = {
     **dict.fromkeys(("r", "num_down_experts", "num_up_experts"), COUNT),
     "lora_alpha": st.floats(max_value=0) | st.just(float("inf")) | ODD,

@@ -1,9 +1,11 @@
 """Dropout and projection in one function: the same numbers as the plain composition, less kept."""
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import adapted, tiny_llama, tokens
+from torch import nn
 
 from d2mora.lean import DropoutProject, draw_mask, dropout_project, pack_bits, unpack_bits
 from d2mora.lora import project_down
@@ -121,6 +123,21 @@ def test_dropout_in_the_model(mode):
         torch.manual_seed(seed)
         draws.append(model(ids).logits)
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], exact)
+
+
+@pytest.mark.parametrize("mode", ["shared", "independent"])
+def test_gradients_by_sample_as_with_lora(mode):
+    "torch.func maps a gradient over rows; `randomness` says whether they share a mask, and must be given, as with LoRA."
+    layer = adapted(lora_dropout=0.5, expert_dropout=mode).train().base_model.model.model.layers[0].self_attn.q_proj
+    plain = peft.get_peft_model(nn.ModuleDict({"layer": nn.Linear(64, 64)}), peft.LoraConfig(lora_dropout=0.5, target_modules=["layer"], init_lora_weights=False)).train().base_model.model["layer"]
+    rows = torch.randn(1, 5, 64).expand(3, 5, 64)
+    for module in (layer, plain):
+        own = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        loss = lambda own, x: torch.func.functional_call(module, own, (x,)).square().sum()
+        by_row = lambda randomness: torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness=randomness)(own, rows)
+        apart = lambda found: max((g[0] - g[1]).abs().max().item() for g in found.values())
+        assert apart(by_row("same")) == 0 < apart(by_row("different"))
+        with pytest.raises(RuntimeError, match="randomness"): by_row("error")
 
 
 def test_nothing_is_kept_without_gradients():

@@ -8,7 +8,7 @@ import copy
 import peft
 import pytest
 import torch
-from helpers import PAIRS, adapted, difference, fill, our_config, tiny_llama, tokens
+from helpers import PAIRS, adapted, difference, fill, loop, our_config, tiny_llama, tokens
 from torch import nn
 
 import d2mora
@@ -54,23 +54,7 @@ def passes(layer, x):
 def finite(found): return all(t.isfinite().all() for t in found.values())
 
 
-# ---- the loop in float64, the oracle ----
-def loop(layer, x):
-    "The update token by token and expert by expert, in float64."
-    config, part = layer.adapter_config["default"], lambda name: getattr(layer, f"d2mora_{name}")["default"].stack().detach().double()
-    A, B, out = part("A"), part("B"), []
-    for v in x.double().reshape(-1, x.shape[-1]):
-        if config.pairing == "one-to-one":
-            w = (part("router_down") @ v).softmax(0)
-            out.append(sum(w[i] * (B[i].T @ (A[i] @ v)) for i in range(len(A))))
-        else:
-            down = (part("router_down") @ v).softmax(0) if config.pairing == "many-to-many" else torch.ones(1).double()
-            z = sum(down[i] * (A[i] @ v) for i in range(len(A)))
-            up = (part("router_up") @ (z if config.pairing == "many-to-many" else v)).softmax(0)
-            out.append(sum(up[j] * (B[j].T @ z) for j in range(len(B))))
-    return torch.stack(out).view(*x.shape[:-1], -1) * config.lora_alpha / config.r
-
-
+# ---- against the loop in float64 ----
 @pytest.mark.parametrize("pairing, M, N, r", SIZES)
 def test_any_size_equals_the_loop_in_float64(pairing, M, N, r):
     layer, x = layer_of(pairing, M, N, r, std=0.3), torch.randn(2, 3, WIDE)

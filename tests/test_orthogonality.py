@@ -186,6 +186,15 @@ def inert_warnings(weight=LAMBDA, use=None, steps=4, train=True):
     return sum("not applied" in str(w.message) for w in caught)
 
 
+def test_inference_mode_is_no_training():
+    "Inference tensors count no changes."
+    with torch.inference_mode(): assert adapted().train()(tokens()).logits.isfinite().all()
+    model = adapted().train()
+    with torch.inference_mode(): model(tokens()), model(tokens())
+    with torch.inference_mode(): born = adapted().train()
+    born(tokens(), labels=tokens())
+
+
 def test_a_weight_that_nobody_applies_warns_once():
     assert inert_warnings() == 1
     assert inert_warnings(steps=1) == 0  # nothing has moved yet

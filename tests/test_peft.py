@@ -1,5 +1,6 @@
 """The method as PEFT hosts it. Every test fills the adapter with random values first (helpers.adapted)."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -64,6 +65,32 @@ def test_named_adapters_have_the_note_too(tmp_path):
     model.save_pretrained(tmp_path)
     assert CARD_NOTE in (tmp_path / "README.md").read_text()
     assert (tmp_path / "math" / "adapter_model.safetensors").exists()
+
+
+CARDS = {
+    "Latin-1": "Müller library_name: peft".encode("latin-1"), "UTF-16": "library_name: peft".encode("utf-16"), "a folder": None,
+    "two rules": b"Notes on library_name: peft\n\n---\nfirst\n---\nsecond\n", "front matter of another": b"---\nlibrary_name: peft\n---\nMine\n",
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_readme_above_the_adapter_stays_as_it_is(tmp_path, kind):
+    card = tmp_path / "README.md"
+    card.write_bytes(CARDS[kind]) if CARDS[kind] is not None else card.mkdir()
+    adapted().save_pretrained(tmp_path / "adapter")
+    our_config().save_pretrained(tmp_path)  # a configuration alone writes no card, and changes none
+    assert card.is_dir() if CARDS[kind] is None else card.read_bytes() == CARDS[kind]
+    assert (tmp_path / "adapter" / "README.md").read_text().count(CARD_NOTE) == 1
+
+
+def test_a_card_that_peft_extends_keeps_its_words(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\nMy words\n\n---\nafter a rule, library_name: peft\n---\nand another\n")
+    model = adapted()
+    model.save_pretrained(tmp_path), model.save_pretrained(tmp_path)
+    text = card.read_text()
+    assert text.count(CARD_NOTE) == 1 and all(words in text for words in ("license: mit", "My words", "after a rule", "and another"))
+    assert text.index(CARD_NOTE) < text.index("My words")
 
 
 def test_low_memory_loading(tmp_path):
@@ -265,6 +292,7 @@ def test_deepcopy_and_torch_save(tmp_path):
 
 @pytest.mark.parametrize("pairing", PAIRS)
 def test_compiles_without_graph_break(pairing):
+    torch.compiler.reset()
     model = adapted(pairing=pairing, lora_dropout=0.1)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     x = torch.randn(2, 5, 64)
@@ -324,6 +352,19 @@ def test_targets_that_match_nothing_list_near_misses():
         peft.get_peft_model(tiny_llama(), our_config(target_modules=r".*\.nothing"))
     with pytest.warns(UserWarning, match="k_prj"):
         peft.get_peft_model(tiny_llama(), our_config(target_modules=["q_proj", "k_prj"]))
+
+
+def test_peft_itself_says_why_nothing_matches():
+    "The same kind of error as LoRA's, with the right cause, and empty lists are lists."
+    cases = [("q_prj is near q_proj", dict(target_modules=["q_prj"])), ("modules_to_save=['lm_head'] may leave none", dict(target_modules=["lm_head"], modules_to_save=["lm_head"])),
+             ("exclude_modules={'q_proj'} may leave none", dict(target_modules=["q_proj"], exclude_modules=["q_proj"])), ("give a list of names", dict(target_modules=[]))]
+    for cause, fields in cases:
+        with pytest.raises(ValueError) as lora: peft.get_peft_model(tiny_llama(), peft.LoraConfig(**fields))
+        with pytest.raises(ValueError, match=re.escape(cause)) as ours: peft.get_peft_model(tiny_llama(), our_config(**fields))
+        assert type(ours.value) is type(lora.value) and "\n" not in str(ours.value)
+    empty = dict(exclude_modules=[], modules_to_save=[], layers_to_transform=[], layers_pattern="")
+    model = peft.get_peft_model(tiny_llama(), our_config(target_modules=["q_proj"], **empty))
+    assert sum(isinstance(m, D2MoraLinear) for m in model.modules()) == 2
 
 
 # configuration
