@@ -52,6 +52,7 @@ def shorten_prompt(
     prompt: str,     # the text before the answer
     answer: str,     # never touched
     limit: int,      # tokens allowed for prompt and answer together
+    mend: str = "raise data.cutoff",  # what helps where that is too little
 ) -> str:            # the longest end of the prompt that fits
     "Cut a prompt from its beginning until it fits before its answer."
     while True:
@@ -61,7 +62,7 @@ def shorten_prompt(
         starts = [start for start, end in spans if end > start]  # special tokens have no characters: they stay
         cut = max(starts[over], 1) if over < len(starts) else len(prompt)
         if cut >= len(prompt):
-            raise ValueError(f"a limit of {limit} tokens leaves no room for a prompt before the answer {answer[:40]!r}: raise data.cutoff")
+            raise ValueError(f"a limit of {limit} tokens leaves no room for a prompt before the answer {answer[:40]!r}: {mend}")
         prompt = prompt[cut:]
 
 # %% ../nbs/08a_batches.ipynb #1d0ef4ce
@@ -131,7 +132,7 @@ def check_tokenizer(
     "Refuse a tokenizer that cannot say where the answer begins, has no token to end it, or has tokens that the base cannot read."
     name = tokenizer.name_or_path
     if not tokenizer.is_fast: raise ValueError(f"tokenizer '{name}' is not a fast one (no tokenizer.json): it cannot say where an answer begins")
-    if tokenizer.eos_token_id is None: raise ValueError(f"tokenizer '{name}' has no EOS token: a model trained with it never learns to stop")
+    if tokenizer.eos_token_id is None: raise ValueError(f"tokenizer '{name}' has no EOS token, and a model trained with it never learns to stop: name one by eos_token in its tokenizer_config.json")
     if rows is None: return
     last, number = max(tokenizer.get_vocab().items(), key=lambda word: word[1])
     if number >= rows:
@@ -230,6 +231,9 @@ def prepare(
     if "skipped" in fates: coded = coded.select([i for i, fate in enumerate(fates) if fate != "skipped"])
     if not len(coded): raise ValueError(f"data.cutoff={config.cutoff} skips every row: raise it, or set data.truncation=prompt")
     train, validation = split_validation(coded.remove_columns("fate"), config)
+    for what, own in {"training rows": train, **{f"validation rows of {task}": rows for task, rows in validation.items()}}.items():
+        if all(start >= length for start, length in zip(column(own, "graded_from"), column(own, "length"))):
+            raise ValueError(f"data.cutoff={config.cutoff} takes the whole answer from all {what}: raise it, or set data.truncation=prompt")
     if config.sampling == "packed": train = train.add_column("packed", [True]*len(train))
     return Prepared(train, validation, {task: found[task] | hit[task] for task in found})
 

@@ -205,7 +205,7 @@ def home(path: str) -> str:
 def data_path(config: DataConfig) -> str:
     "The recipe's path, or what the environment variable D2MORA_DATA says in its place."
     path = config.path or os.environ.get("D2MORA_DATA")
-    if not path: raise ValueError("data.path is missing: give a folder with <task>/train.json, or toy, or set D2MORA_DATA")
+    if not path: raise ValueError("no data are named: give data.path (--data of evaluate and export) a folder with <task>/train.json, or toy, or set D2MORA_DATA")
     return home(str(path))
 
 # %% ../nbs/08_data.ipynb #9f92a66b

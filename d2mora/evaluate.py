@@ -28,7 +28,7 @@ from .generation import NEW_TOKENS, write
 from .grading import all_lines, everyone, in_order, join, mark, open_results, settings_of, under_way
 from .likelihood import forward
 from .pictures import save_picture
-from .protocols import PROTOCOLS, about_row, grader, in_batches, plan
+from .protocols import PROTOCOLS, about_row, grader, in_batches, out_of_memory, plan
 from .recipe import embeddings, load_base, load_recipe, load_tokenizer, max_positions
 from .report import draw_results, report, result_table, results, row_hash, text_table
 from .runs import locked, write_text
@@ -67,6 +67,7 @@ def with_adapter(model, folder: Path, base: str) -> peft.PeftModel:
         check_whole(adapted, folder)
         return adapted
     except Exception as error:
+        if out_of_memory(error): raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "size mismatch" in line or "shape" in line), first_line(error))
         raise ValueError(f"adapter '{folder}' does not fit base '{base}': {reason[:240]}") from error
@@ -230,7 +231,7 @@ def ask(
     model, tokenizer, config = load_target(target, base)
     prompt = evaluation_prompt({"instruction": question, "input": ""}, config.prompt if config else "plain")
     limit = max_positions(on_device(model))
-    prompt = shorten_prompt(tokenizer, prompt, "", limit - NEW_TOKENS if limit else sys.maxsize)
+    prompt = shorten_prompt(tokenizer, prompt, "", max(1, limit - NEW_TOKENS) if limit else sys.maxsize, "the base cannot read more, take one that can")
     if not isinstance(model, peft.PeftModel): return {"base": write(model, tokenizer, [prompt])[0]}
     with model.disable_adapter(): before = write(model, tokenizer, [prompt])[0]
     answers = {"base": before, "adapter": write(model, tokenizer, [prompt])[0]}

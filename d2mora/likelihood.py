@@ -60,7 +60,7 @@ def ready(
     shortened = bool(limit and max(len(ids) for ids, _ in coded) > limit)
     if limit and shortened:
         longest = pairs[max(range(len(pairs)), key=lambda k: coded[k][1])][1]
-        cut = {context: shorten_prompt(tokenizer, context, longest, limit) for context, _ in pairs}
+        cut = {context: shorten_prompt(tokenizer, context, longest, limit, "the base cannot read more, take one that can") for context, _ in pairs}
         pairs = [(cut[context], option) for context, option in pairs]
         coded = tokenized(tokenizer, pairs)
     if not pairs[0][1]: return Item(coded[0][0], [], [], [], shortened)

@@ -173,7 +173,9 @@ def fits(
     need = {again: sum(parts.values())/GiB + SPARE for again, parts in plan.memory.items()}
     if need[False] <= gpu.memory: return f"fits ({need[False]:.1f} of {gpu.memory} GiB)"
     if need[True] <= gpu.memory: return f"fits with training.gradient_checkpointing=true only ({need[True]:.1f} of {gpu.memory} GiB)"
-    return f"does not fit ({need[True]:.1f} of {gpu.memory} GiB with checkpointing): lower training.per_device_train_batch_size"
+    fixed = (sum(plan.memory[True].values()) - plan.memory[True]["activations"])/GiB + SPARE
+    mend = "lower training.per_device_train_batch_size or data.cutoff" if fixed <= gpu.memory else f"{fixed:.1f} of them whatever the batch: take a larger GPU, or several with fsdp2.yaml"
+    return f"does not fit ({need[True]:.1f} of {gpu.memory} GiB with checkpointing): {mend}"
 
 
 def lasting(hours: float) -> str:

@@ -73,7 +73,7 @@ PROTOCOLS = {"choice": Protocol(choice_pairs, by_likelihood), "content": Protoco
 def items_of(model, tokenizer, task: str, rows: list[dict], protocol: str, style: str) -> list[Item]:
     "Rows as tokens, with room for what will be written."
     how, limit = PROTOCOLS[protocol], max_positions(model)
-    return [ready(tokenizer, how.pairs(row, task, style), limit and limit - how.room) for row in rows]
+    return [ready(tokenizer, how.pairs(row, task, style), limit and max(1, limit - how.room)) for row in rows]
 
 
 def grade_batch(

@@ -84,6 +84,7 @@ def reading(
 ) -> Iterator[None]:
     "Turn a checkpoint that cannot be read, or that holds more than a checkpoint does, into one line."
     try: yield
+    except (torch.OutOfMemoryError, PermissionError): raise  # nothing is wrong with the checkpoint
     except (pickle.UnpicklingError, SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{checkpoint} cannot be read: {first_line(error)}; move it away, and --resume goes on from the one before") from error
 

@@ -1,6 +1,8 @@
 """The built-in recipes: every one loads, the published ones say what was published, and their adapters have the published sizes."""
 
+import json
 import re
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
@@ -98,3 +100,34 @@ def test_every_base_has_a_shipped_shape_and_every_departure_a_comment(name):
 
 def test_one_task_alone():
     assert load_recipe("llama-7b-m3n8r8", ["data.path=toy", "data.tasks=[boolq]"]).data.tasks == ["boolq"]
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def launches():
+    "Every command of README and book that starts several processes: where it stands, how many, and what is behind `train`."
+    for path in (ROOT / "README.md", *sorted((ROOT / "nbs").glob("*.ipynb"))):
+        text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"])
+        for line in text.replace("\\\n", " ").splitlines():
+            if found := re.search(r"--num_processes (\d+) .*-m d2mora.cli train (?!RECIPE)(.*)", line): yield path.name, int(found[1]), shlex.split(found[2], comments=True)
+
+
+def rows_a_step(recipe, processes):
+    return recipe.training["per_device_train_batch_size"] * recipe.training.get("gradient_accumulation_steps", 1) * processes
+
+
+def test_commands_for_several_gpus_keep_the_published_batch():
+    found = list(launches())
+    assert {(name, processes) for name, processes, _ in found} >= {("README.md", 8), ("index.ipynb", 8), ("13_full.ipynb", 2), ("13_full.ipynb", 16)}
+    for name, processes, (recipe, *words) in found:
+        overrides = [word for word in words if "=" in word and not word.startswith("data.path")]
+        assert rows_a_step(load_recipe(recipe, ["data.path=toy", *overrides]), processes) == 16, name
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *MENDED, *BASELINES])
+def test_what_a_recipe_advises_for_more_gpus_keeps_its_batch(name):
+    text = (Path(str(files("d2mora"))) / "recipes" / f"{name}.yaml").read_text()
+    assert all(words in text.replace("\n# ", " ") for words in ("Two GPUs: training.gradient_accumulation_steps=2; four: 1; eight: 1 and training.per_device_train_batch_size=2",))
+    for processes, keys in {1: {}, 2: {"gradient_accumulation_steps": 2}, 4: {"gradient_accumulation_steps": 1}, 8: {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}}.items():
+        assert rows_a_step(load_recipe(name, TOY | {f"training.{key}": value for key, value in keys.items()}), processes) == 16
