@@ -3,7 +3,9 @@
 __version__ = "0.1.0"
 
 import logging
+import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait for each other sleep; spinning, two of them take ten times as long beside other processes
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its hint at a faster kernel would stand beside a command's one line
 
 from d2mora.orthogonality import attach_orthogonality, orthogonality_loss

@@ -203,7 +203,7 @@ def last_and_free(
     return last, path
 
 
-@app.command(short_help="Train, grade and draw on the embedded toy world (DEMOTIME).")
+@app.command(short_help="Train, grade and draw on the embedded toy world (about two minutes).")
 @click.argument("overrides", nargs=-1, metavar="[section.key=value ...]")
 @click.option("--output", type=Folder(), help="The run folder; default: runs/demo, runs/demo-2, ...")
 @click.option("--resume", is_flag=True, help="Go on with the demo in --output; default: with the last one.")
