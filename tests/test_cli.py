@@ -194,10 +194,9 @@ def test_the_program_itself():
     forked = program(*args)
     assert (forked.returncode, forked.stdout, forked.stderr) == (done.returncode, done.stdout, done.stderr)
     assert "Traceback" in program(*args, "--debug").stderr
-    own = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):  # what torch's OpenMP, asked by itself, says that it does
-        done = subprocess.run([sys.executable, "-c", "import d2mora"], capture_output=True, text=True, env=own | {"OMP_DISPLAY_ENV": "true"} | given)
-        if sys.platform == "linux": assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
+    unset = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", "import d2mora"], capture_output=True, text=True, env=unset | {"OMP_DISPLAY_ENV": "true"})
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr or sys.platform != "linux"  # what OpenMP itself says when torch has loaded it
     assert program("--version").stdout.startswith("d2mora ")
     assert not os.path.exists("never")
 
