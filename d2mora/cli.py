@@ -299,7 +299,7 @@ def explained(
     "Say an error in one line."
     text = error.format_message() if isinstance(error, click.ClickException) else str(error)
     text = " ".join(text.split()) or type(error).__name__
-    mend = {**dict.fromkeys(NO_ROOM, "make room"), **dict.fromkeys(NO_ACCESS, "grant access")}.get(getattr(error, "errno", None))
+    mend = {**dict.fromkeys(NO_ROOM, "make room"), **dict.fromkeys(NO_ACCESS, "grant access")}.get(getattr(error, "errno", None) or 0)
     if mend and isinstance(error, OSError): return f"d2mora: {text}: {mend}, and give the command again (train and demo: with --resume)", 2
     if isinstance(error, (click.ClickException, ValueError, NotADirectoryError)): return f"d2mora: {text}", 2
     if isinstance(error, (KeyboardInterrupt, click.Abort)): return "d2mora: interrupted", 1

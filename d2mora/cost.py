@@ -6,6 +6,7 @@
 __all__ = ['make_forms', 'divergences', 'grade', 'cost', 'cost_table', 'measure', 'form_to_take', 'advice']
 
 # %% ../nbs/14a_cost.ipynb #c9359557
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any, cast
 
@@ -83,7 +84,7 @@ def cost_table(
 # %% ../nbs/14a_cost.ipynb #0fabf5c5
 def measure(
     model: peft.PeftModel,
-    forms: dict[str, peft.PeftModel | torch.nn.Module],  # LoRAs, or models they are merged into
+    forms: Mapping[str, Any],     # LoRAs, or models that they are merged into
     tokenizer,
     rows: dict[str, list[dict]],  # test rows by task
     texts: list[dict],            # encoded, for the divergence

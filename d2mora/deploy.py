@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 from peft.tuners.lora import LoraLayer
@@ -60,13 +61,11 @@ def check_tasks(
 # %% ../nbs/14b_deploy.ipynb #9e49f8a8
 def merged(
     static: peft.PeftModel,  # a LoRA; used up
-) -> nn.Module:              # its base with the LoRA added in
+) -> Any:                    # its base with the LoRA added in
     "Merge a LoRA into weights that no other model and no embedding shares."
-    for layer in static.modules():
-        if not isinstance(layer, LoraLayer): continue
-        own = layer.get_base_layer()
-        own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)
-    whole = static.get_base_model()
+    whole: Any = static.get_base_model()
+    layers: list[Any] = [layer.base_layer for layer in whole.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers: layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     ends = [end.weight for end in (whole.get_input_embeddings(), whole.get_output_embeddings()) if end is not None]
     if ends[0] is not ends[-1]:
         for config in (whole.config, whole.config.get_text_config()): config.tie_word_embeddings = False
@@ -92,7 +91,7 @@ def read_static(
     model: peft.PeftModel,  # the routed model, whose base a LoRA is put on
     folder: Path,           # from `write_static`
     base: str,              # as the adapter calls it
-) -> nn.Module:             # on the device of `model`
+) -> Any:                   # a model on this process's device
     "Read an export as whoever gets it does."
     if (folder/"adapter_config.json").is_file(): return on_device(with_adapter(bare_copy(model), folder, base)).eval()
     return on_device(load_base(str(folder.absolute()))[0]).eval()

@@ -280,7 +280,7 @@ def load_tokenizer(
     return tokenizer
 
 
-BASE_ADVICE = {  # what helps where a base cannot be loaded, by the cause
+BASE_ADVICE: dict[Any, str] = {  # what helps where a base cannot be loaded, by the cause
     (torch.OutOfMemoryError, MemoryError): "free memory, or take a smaller or a quantized base",
     GatedRepoError: "ask for access on its page, and name your token in HF_TOKEN",
     (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError): "fetch it where there is a network (hf download NAME), or name a folder",
