@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -174,24 +175,32 @@ def start(job: Job, args) -> multiprocessing.Process:
     return process
 
 def study(args) -> None:
-    "Run jobs side by side until all are done or the time is up."
+    "Run jobs side by side until all are done, the time is up, or the process is asked to stop."
     end, running, failed = time.monotonic() + 60 * args.minutes, {}, set()
-    while True:
-        for job, process in [(j, p) for j, p in running.items() if not p.is_alive()]:
-            del running[job]
-            print(f"{'end' if process.exitcode == 0 else 'failed:'} {job.name}", file=sys.stderr, flush=True)
-            if process.exitcode: failed.add(job)
-        if time.monotonic() > end: break
-        busy = {job.name for job in (*running, *failed)}
-        todo = [job for job in wanted(read_results(args.results, args.marks), args) if job.name not in busy]
-        for job in todo[:args.workers - len(running)]: running[job] = start(job, args)
-        if not running: break
-        time.sleep(0.5)
-    for process in running.values(): process.terminate()  # a training saves a checkpoint, a grading keeps its rows
-    for process in running.values():
-        process.join(90)
-        process.kill()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        while time.monotonic() < end:
+            for job, process in [(j, p) for j, p in running.items() if not p.is_alive()]:
+                del running[job]
+                print(f"{'end' if process.exitcode == 0 else 'failed:'} {job.name}", file=sys.stderr, flush=True)
+                if process.exitcode: failed.add(job)
+            todo = next_jobs(read_results(args.results, args.marks), [*running], failed, args)
+            for job in todo[:args.workers - len(running)]: running[job] = start(job, args)
+            if not running: break
+            time.sleep(0.5)
+    finally:
+        for process in running.values(): process.terminate()  # a training saves a checkpoint, a grading keeps its rows
+        for process in running.values():
+            process.join(90)
+            process.kill()
     if failed: raise ValueError(f"{len(failed)} jobs failed ({', '.join(sorted(job.name for job in failed))}): see above; the others are in {args.results}")
+
+def next_jobs(results: dict[str, dict], running: list[Job], failed: set[Job], args) -> list[Job]:
+    "Jobs to begin now: a search for a rate waits for those of its own that are under way, before it names others."
+    same = lambda a, b: (a.format, a.method, a.share) == (b.format, b.method, b.share)
+    jobs = [job for job in wanted(results, args) if job.name not in {j.name for j in (*running, *failed)}]
+    first = {rate for rate in args.learning_rates or next_rates({})}
+    return [job for job in jobs if job.graded or job.rate in first or not any(same(job, other) and not other.graded for other in running)]
 
 def throughput(workers: int, args, steps: int = 30) -> float:
     "Tokens per second of so many jobs side by side, all together, each with a few steps."
