@@ -45,7 +45,7 @@ UNEVEN = ("training_args.bin",)  # holds a time; nothing is read from it
 
 
 def words(**more):
-    return [f"{key}={json.dumps(value)}" for key, value in (SMALL | more).items()]
+    return [f"{key}={value if key == 'data.path' else json.dumps(value)}" for key, value in (SMALL | more).items()]
 
 
 @dataclass
