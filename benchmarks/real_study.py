@@ -127,8 +127,8 @@ def finished(recipe: Recipe, folder: Path, method: str, limit: int) -> dict:
     "Train, grade, measure; or read what is there."
     clock = folder/"seconds.json"
     if not clock.is_file() or not (folder/"test-losses.json").is_file():
-        with clocked(clock): one_run(recipe, folder, PROTOCOLS, limit), test_losses(recipe, folder, limit, folder)
-    return {"method": method, "cpu_seconds": round(seconds(clock))} | one_run(recipe, folder, PROTOCOLS, limit) | {"losses": loss_figures(test_losses(recipe, folder, limit, folder), recipe.data.tasks)}
+        with clocked(clock): one_run(recipe, folder, PROTOCOLS, limit, list(TASKS)), test_losses(recipe, folder, limit, folder)
+    return {"method": method, "cpu_seconds": round(seconds(clock))} | one_run(recipe, folder, PROTOCOLS, limit, list(TASKS)) | {"losses": loss_figures(test_losses(recipe, folder, limit, folder), recipe.data.tasks)}
 
 def quiet() -> None:
     "One thread, and no messages of libraries: of each process."

@@ -102,9 +102,9 @@ def graded_whole(folder: Path, protocol: str, limit: int | None, rows: dict[str,
     counts = {task: g["n"] for task, g in found["tasks"].items()}
     return found["limit"] == limit and counts == {t: len(own) for t, own in rows.items()} and graded >= {row_hash(row, t) for t, own in rows.items() for row in own}
 
-def grade(folder: Path, protocol: str, limit: int | None, data: str, trained: list[str] | None = None) -> dict:
-    "The grades that lie in a finished run, or those made now, of the tasks that it was trained on."
-    tasks = own_tasks(data, trained)
+def grade(folder: Path, protocol: str, limit: int | None, data: str, wanted: list[str] | None = None) -> dict:
+    "The grades that lie in a finished run, or those made now, of the tasks wanted that have test rows."
+    tasks = own_tasks(data, wanted)
     if not graded_whole(folder, protocol, limit, test_rows(data, tasks, limit)): evaluate(folder, protocol=protocol, tasks=tasks, limit=limit, progress=False)
     return read_json(folder/f"evaluation-{protocol}.json", "limit", "tasks", "average")
 
@@ -113,11 +113,12 @@ def one_run(
     folder: Path,                    # the run folder; a finished one is read, an unfinished one goes on
     protocols: Iterable[str] = ("choice",),
     limit: int | None = None,        # rows a task that are graded
+    tasks: list[str] | None = None,  # that are graded; default: those trained on
 ) -> dict:                           # parameters, grades by protocol, held-out losses, likeness of A's and of B's
     "Train and grade; the figures that a comparison needs."
     train(recipe, folder, resume=begun(folder))
     kept = ("n", "accuracy", "interval", "chance")
-    grades = {p: grade(folder, p, limit, data_path(recipe.data), recipe.data.tasks) for p in protocols}
+    grades = {p: grade(folder, p, limit, data_path(recipe.data), tasks or recipe.data.tasks) for p in protocols}
     found = likeness(as_model(folder)) if recipe.adapter["peft_type"] == "D2MORA" else []
     alike = {side: overall(found, side, {f["kind"] for f in found}) for side in ("down", "up")} if found else {}
     return {"seed": recipe.training["seed"], "parameters": count_saved(folder/"adapter")[0],

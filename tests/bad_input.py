@@ -164,7 +164,7 @@ RECIPES = [
     own("mapping for number", "keys and values where a number belongs", "adapter.r={'a': 1} is not a whole number", recipe(adapter__r={"a": 1})),
     own("nothing for number", "no value at all", "adapter.r=None is not a whole number", recipe(adapter__r=None)),
     own("date for number", "a date, as YAML reads it, for a number", "training.seed=datetime.date(2026, 1, 1) is not a whole number", recipe().replace("seed: 0", "seed: 2026-01-01")),
-    own("number for text", "a number where a text belongs", "data.prompt=3 is not one of plain, official", recipe(data__prompt=3)),
+    own("number for text", "a number where a text belongs", "data.prompt=3 is not one of plain, official, cloze", recipe(data__prompt=3)),
     own("nan", "a learning rate that is not a number", "training.learning_rate=nan is not a number", recipe(training__learning_rate=float("nan"))),
     own("infinity", "an infinite learning rate", "training.learning_rate=inf is not a number", recipe(training__learning_rate=float("inf"))),
     own("nan in the adapter", "a scale that is not a number", "adapter.lora_alpha=nan is not a number", recipe(adapter__lora_alpha=float("nan"))),

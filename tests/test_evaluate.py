@@ -12,9 +12,9 @@ from d2mora import likelihood
 from d2mora.evaluate import ask, evaluate, on_device
 from d2mora.generation import NEW_TOKENS, RoomLayer, write, write_tokens
 from d2mora.likelihood import beginning, option_scores, ready
-from d2mora.protocols import PROTOCOLS, batch_differences, choice_pairs, content_pairs, grade_batch, grade_rows, grader, items_of, plan, prompt_pairs, question_and_texts
+from d2mora.protocols import PROTOCOLS, batch_differences, choice_pairs, grade_batch, grade_rows, grader, items_of, plan, prompt_pairs
 from d2mora.report import mean_chance, summary, wilson_interval
-from d2mora.tasks import ANSWER_PREFIX, TASKS, evaluation_prompt, parse_answer, row_answers
+from d2mora.tasks import ANSWER_PREFIX, TASKS, content_pairs, evaluation_prompt, parse_answer, question_and_texts, row_answers
 from d2mora.recipe import load_recipe
 from d2mora.train import train
 from helpers import adapted_stories
