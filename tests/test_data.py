@@ -196,7 +196,7 @@ def test_three_families_of_tokenizers(kind, style):
         assert ids[:-1] == tokenizer("".join(training_prompt(row, style))).input_ids and ids[-1] == tokenizer.eos_token_id
         assert (ids[0] == tokenizer.bos_token_id) == (kind != "gpt2")
         answer, graded = training_prompt(row, style)[1].strip(), graded_text(tokenizer, coded, i)
-        assert graded == answer or style == "cloze" and graded == f": {answer}"  # one token may hold the colon and the answer's beginning
+        assert graded == answer or style == "cloze" and graded.endswith(answer)  # this tokenizer joins words: a token may begin before the answer
     batch = collator_for(tokenizer)([{key: coded[key][i] for key in ("input_ids", "graded_from")} for i in range(len(rows))])
     pad, real = batch["attention_mask"] == 0, batch["attention_mask"] == 1
     assert pad.any() and (batch["input_ids"][pad] == collator_for(tokenizer).pad_id).all() and (batch["labels"][pad] == -100).all()
