@@ -65,7 +65,7 @@ def test_without_learning_it_does_not(data, tmp_path):
 
 
 def test_all_eight_tasks_are_graded_and_cut_prompts_counted(run, data, capsys):
-    assert main(["evaluate", str(run), "--data", str(data[0]), "--tasks", ",".join(TASKS)]) == 0
+    assert main(["evaluate", str(run), "--data", str(data[0]), "--tasks", ",".join(TASKS), "--paper"]) == 0
     out = capsys.readouterr().out
     result = json.loads((run / "evaluation-choice.json").read_text())
     assert list(result["tasks"]) == list(TASKS) and all(t["n"] == 16 for t in result["tasks"].values())
