@@ -11,7 +11,6 @@ reported times are medians. torch, transformers, peft, accelerate and safetensor
 import argparse
 import copy
 import gc
-import gzip
 import importlib.util
 import json
 import multiprocessing
@@ -374,11 +373,12 @@ def written(job, models, rows):
 
 def test_rows(job, task):
     "Rows from the middle of a test set that is sorted by length, read without `datasets`."
-    paths = sorted((job.shared / "data" / task).glob("test.json*"))
-    if not paths:
+    from d2mora.data import json_rows, task_file
+
+    path = task_file(job.shared / "data", task, "test")
+    if not path:
         raise FileNotFoundError(f"there is no {job.shared}/data/{task}/test.json: name a folder that holds data/ by --shared")
-    with (gzip.open if paths[0].suffix == ".gz" else open)(paths[0], "rt", encoding="utf-8") as file:
-        rows = sorted(json.load(file), key=lambda row: len(row["instruction"]))
+    rows = sorted(json_rows(path), key=lambda row: len(row["instruction"]))
     middle = max(0, len(rows) - job.rows) // 2
     return rows[middle : middle + job.rows]
 

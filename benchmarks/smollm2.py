@@ -37,7 +37,7 @@ import transformers
 
 from d2mora.budgets import METHODS, adapters_at
 from d2mora.compare import varied
-from d2mora.data import find_file
+from d2mora.data import find_file, json_rows, task_file
 from d2mora.evaluate import evaluate
 from d2mora.recipe import Recipe, load_recipe
 from d2mora.report import paired, read_graded
@@ -253,7 +253,7 @@ def compared(results: dict[str, dict], protocol: str, style: str, method: str, r
 
 def marks_of(args) -> dict:
     "What tells one base and one set of rows from another."
-    files = [find_file(args.data, task, split) for task in TASKS for split in ("train", "test") if any((args.data/task).glob(f"{split}.json*"))]
+    files = [file for task in TASKS for split in ("train", "test") if (file := task_file(args.data, task, split))]
     digest = lambda paths: sha256(b"".join(sha256(p.read_bytes()).digest() for p in paths)).hexdigest()[:16]
     return {"base": digest([args.base/"model.safetensors"]), "data": digest(files)}
 
@@ -263,7 +263,7 @@ def check(args) -> None:
     for name, known in (("formats", FORMATS), ("methods", METHODS)):
         for value in getattr(args, name):
             if value not in known: raise ValueError(f"--{name} {value}: choose among {', '.join(known)}")
-    args.tasks = [t for t in TASKS if any((args.data/t).glob("test.json*"))]
+    args.tasks = [t for t in TASKS if task_file(args.data, t, "test")]
     if not args.tasks: raise ValueError(f"--data {args.data}: no folder of a task with test rows there")
 
 def main(argv=None) -> None:
@@ -288,19 +288,13 @@ def main(argv=None) -> None:
     if not args.table:
         check(args)
         args.marks, args.threads = marks_of(args), 1 if not torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 8)
-        args.rows = sum(row_count(args.data, task) for task in load_recipe(FORMATS["cloze"], {"data.path": "toy"}).data.tasks)
+        args.rows = sum(len(json_rows(find_file(args.data, task, "train"))) for task in load_recipe(FORMATS["cloze"], {"data.path": "toy"}).data.tasks)
         read_results(args.results, args.marks)
         args.workers = args.workers or (best_workers(args) if torch.cuda.is_available() else os.cpu_count() or 1)
         study(args)
     for protocol in PROTOCOLS:
         print(f"\n{protocol}:")
         for row in table(read_results(args.results), protocol): print("  " + "  ".join(f"{k} {v}" for k, v in row.items() if v not in ("", None)))
-
-def row_count(data: Path, task: str) -> int:
-    "Training rows of a task."
-    import gzip
-    path = find_file(data, task, "train")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file: return len(json.load(file))
 
 
 if __name__ == "__main__":

@@ -246,9 +246,9 @@ def load_recipe(
 # %% ../nbs/08c_recipe.ipynb #938e1797
 def is_gguf(base: str) -> bool:
     "Whether a base is in GGUF, llama.cpp's form: a file, a folder of such files, or a hub name that ends so."
-    path = Path(base).expanduser()
+    path = Path(base)
     if path.is_dir(): return not (path/"config.json").is_file() and any(p.suffix.lower() == ".gguf" for p in path.iterdir())
-    return base.lower().endswith(("gguf",))
+    return base.lower().endswith("gguf")
 
 
 def base_folder(
