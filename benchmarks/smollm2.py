@@ -97,7 +97,7 @@ def finished(result: dict | None, job: Job, limit: int | None) -> bool:
 # --- one job -----------------------------------------------------------------------------------------------------------------
 
 class Eager(transformers.TrainerCallback):
-    "On a CPU, attention written out: its backward pass is a third faster there than the fused one's."
+    "On a CPU, attention written out, whose backward pass is faster there than the fused one's."
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.device.type == "cpu": model.get_base_model().set_attn_implementation("eager")
