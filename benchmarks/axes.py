@@ -12,10 +12,11 @@ from pathlib import Path
 
 import transformers
 
-from d2mora.budgets import nearest_size, trained_parameters
+from d2mora.compare import nearest_size, trained_parameters
 from d2mora.compare import about_comparison, one_run, varied
 from d2mora.recipe import Recipe, load_recipe
-from d2mora.runs import read_metrics, write_text
+from d2mora.train import read_metrics
+from d2mora.utils import write_text
 
 STEPS, SEEDS, LIMIT = 200, (0, 1, 2), 100  # LIMIT: test rows a task
 WEIGHTS, RANKS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2), (1, 3, 6)

@@ -29,8 +29,8 @@ from forks import POINTS, Fork, arm, watch
 
 import d2mora
 from d2mora.recipe import load_base
-from d2mora.runs import write_text
-from d2mora.tasks import toy_rows
+from d2mora.utils import write_text
+from d2mora.toy import toy_rows
 
 TASKS = ("boolq", "piqa")
 SMALL = {
@@ -164,7 +164,7 @@ def command(line, case, rank, port, inside):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.processes, "LOCAL_WORLD_SIZE": case.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ |= {key: str(value) for key, value in own.items()} | {"ACCELERATE_USE_CPU": "true"}
     if not case.draws:
-        d2mora.diagnose.draw = lambda *args, **kwargs: []
+        d2mora.analysis.draw = lambda *args, **kwargs: []
     if inside:
         inside()
     return d2mora.cli.main(line)

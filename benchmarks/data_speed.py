@@ -31,7 +31,7 @@ def timed(work):
 def measure(shared):
     from transformers import AutoTokenizer
 
-    from d2mora.batches import encode_rows
+    from d2mora.data import encode_rows
     from d2mora.data import DataConfig, read_rows, survey
 
     tokenizer, names, path = AutoTokenizer.from_pretrained(shared / "tokenizers/mistral-v1"), TASKS.split(","), str(shared / "data")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import d2mora.cli
 from d2mora.recipe import load_base
-from d2mora.runs import read_metrics
+from d2mora.train import read_metrics
 
 TWICE = ("train with pictures", "train by length", "evaluate choice", "evaluate official", "compare rates", "export")
 

@@ -25,10 +25,10 @@ from transformers import GenerationConfig
 
 from d2mora.data import read_task
 from d2mora.evaluate import load_target
-from d2mora.generation import NEW_TOKENS
-from d2mora.likelihood import ready
-from d2mora.protocols import difference, grade_rows, prompt_pairs
-from d2mora.report import write_text
+from d2mora.scoring import NEW_TOKENS
+from d2mora.scoring import ready
+from d2mora.scoring import difference, grade_rows, prompt_pairs
+from d2mora.evaluate import write_text
 from d2mora.tasks import TASKS, evaluation_prompt, parse_answer
 from d2mora.recipe import max_positions
 

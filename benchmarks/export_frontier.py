@@ -18,12 +18,12 @@ from unittest.mock import patch
 import torch
 import transformers
 
-import d2mora.static
-from d2mora.cost import measure
-from d2mora.deploy import ExportSettings, adapt_settings
-from d2mora.static import calibrate, distill, encoded_rows, static_lora
+import d2mora.export
+from d2mora.export import measure
+from d2mora.export import ExportSettings, adapt_settings
+from d2mora.export import calibrate, distill, encoded_rows, static_lora
 from d2mora.evaluate import load_target, test_rows
-from d2mora.runs import write_text
+from d2mora.utils import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLDS = {"toy": dict(run=ROOT / "nbs/results/demo", ranks=(1, 2, 3, 5, 7, 9), distilled=(1, 2, 3, 5, 7, 9), steps=100, limit=100, rows=100),
@@ -42,10 +42,10 @@ def trained(world: str) -> Path:
 
 def answer_moments(model, rows: list[dict]) -> dict:
     "What `calibrate` gives, from the tokens alone that precede a graded one."
-    total, tokens, add = {}, 0, d2mora.static.add_moments
+    total, tokens, add = {}, 0, d2mora.export.add_moments
     for row in rows:
         first, last = max(row["graded_from"] - 1, 0), len(row["input_ids"]) - 1
-        with patch.object(d2mora.static, "add_moments", lambda sums, adapter, layer, args: add(sums, adapter, layer, (args[0][:, first:last],))): found = calibrate(model, [row])
+        with patch.object(d2mora.export, "add_moments", lambda sums, adapter, layer, args: add(sums, adapter, layer, (args[0][:, first:last],))): found = calibrate(model, [row])
         tokens += last - first
         for layer, own in found.items():
             for name, value in own.items(): total.setdefault(layer, {})[name] = total.get(layer, {}).get(name, 0) + (last - first) * value

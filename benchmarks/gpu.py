@@ -288,7 +288,8 @@ def profile(job, method, batch):
 def planned(job, method, rows, tokens, again):
     "The plan's memory and operations, and its time for the GPU of this name; a trial takes an H100 for its own."
     from d2mora.data import DataConfig
-    from d2mora.footprint import bare_model, plan_step, step_flops
+    from d2mora.recipe import bare_model
+    from d2mora.plan import plan_step, step_flops
     from d2mora.plan import GPUS, Load, plan_memory
     from d2mora.recipe import Recipe
 
@@ -385,7 +386,7 @@ def test_rows(job, task):
 
 def grading(job, model):
     "Rows per second by `choice` in batches, and by the published way: one row at a time, 4 beams, 32 new tokens."
-    from d2mora.protocols import grade_rows
+    from d2mora.scoring import grade_rows
     from evaluate_speed import published
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.shared / "tokenizers" / "mistral-v1")

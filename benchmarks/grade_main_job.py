@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from d2mora.evaluate import PROTOCOLS, evaluate
-from d2mora.report import paired, read_graded, write_text
+from d2mora.evaluate import paired, read_graded, write_text
 from d2mora.recipe import load_recipe
 from d2mora.train import train
 

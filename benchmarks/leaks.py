@@ -24,9 +24,10 @@ import torch
 from transformers import TrainerCallback
 
 from d2mora.cli import hush
-from d2mora.generation import write_tokens
+from d2mora.scoring import write_tokens
 from d2mora.recipe import load_base, load_recipe
-from d2mora.tasks import evaluation_prompt, toy_rows
+from d2mora.tasks import evaluation_prompt
+from d2mora.toy import toy_rows
 from d2mora.train import train
 from d2mora.tuner import record_routing
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-from d2mora.likeness import as_model, expert_points, layer_silhouette, likeness, maps_of
-from d2mora.runs import write_text
+from d2mora.analysis import as_model, expert_points, layer_silhouette, likeness, maps_of
+from d2mora.utils import write_text
 
 METHODS, KINDS, SEED = ("d2mora-no-loss", "d2mora", "one-to-many", "one-to-one"), ("q_proj", "k_proj", "v_proj"), 0
 

@@ -23,15 +23,15 @@ from d2mora.compare import about_comparison, varied
 from d2mora.data import data_path
 from d2mora.evaluate import test_rows
 from d2mora.many_to_many import mix_down
-from d2mora.protocols import grade_rows
+from d2mora.scoring import grade_rows
 from d2mora.recipe import load_base, load_recipe
 from d2mora.routers import many_to_many
-from d2mora.runs import write_text
+from d2mora.utils import write_text
 from d2mora.shared_a import mix_up, one_to_many, one_to_one
 from d2mora.train import train
 from d2mora.tuner import PAIRINGS
 
-NOTEBOOK = Path(__file__).parents[1] / "nbs" / "12d_neighbours.ipynb"
+NOTEBOOK = Path(__file__).parents[1] / "nbs" / "c_related.ipynb"
 GIVEN = dict(torch=torch, Tensor=Tensor, replace=replace, mix_down=mix_down, mix_up=mix_up, one_to_one=one_to_one,
              one_to_many=one_to_many, many_to_many=many_to_many, PAIRINGS=PAIRINGS)
 

@@ -26,9 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from d2mora.data import plain, read_task
-from d2mora.protocols import content_pairs
-from d2mora.resume import SafeTrainer, Stopper, last_checkpoint, listening
-from d2mora.runs import ProgressBar, publish, write_text
+from d2mora.scoring import content_pairs
+from d2mora.train import SafeTrainer, Stopper, last_checkpoint, listening
+from d2mora.train import ProgressBar
+from d2mora.utils import publish, write_text
 from d2mora.tasks import TASKS, row_answers, training_prompt
 
 ROOT = Path(__file__).resolve().parents[1]

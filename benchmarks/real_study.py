@@ -30,14 +30,14 @@ import datasets
 import torch
 import transformers
 
-from d2mora.batches import collator_for, encode
-from d2mora.budgets import BUDGETS, METHODS, adapters_at
+from d2mora.data import collator_for, encode
+from d2mora.compare import BUDGETS, METHODS, adapters_at
 from d2mora.compare import about_comparison, best_rate, held_out_loss, one_run, varied
 from d2mora.data import DataConfig, read_task
 from d2mora.evaluate import evaluate, load_target
 from d2mora.recipe import Recipe, load_recipe
-from d2mora.report import paired, read_graded
-from d2mora.runs import write_text
+from d2mora.evaluate import paired, read_graded
+from d2mora.utils import write_text
 from d2mora.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]

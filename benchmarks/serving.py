@@ -20,8 +20,8 @@ import torch
 import transformers
 
 from d2mora.data import read_task
-from d2mora.deploy import export
-from d2mora.runs import write_text
+from d2mora.export import export
+from d2mora.utils import write_text
 from d2mora.tasks import TASKS, evaluation_prompt
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -35,13 +35,14 @@ from statistics import mean
 import torch
 import transformers
 
-from d2mora.budgets import METHODS, adapters_at
+from d2mora.compare import METHODS, adapters_at
 from d2mora.compare import varied
 from d2mora.data import find_file, json_rows, task_file
 from d2mora.evaluate import evaluate
 from d2mora.recipe import Recipe, load_recipe
-from d2mora.report import paired, read_graded
-from d2mora.runs import begun, read_metrics, validation_losses, write_text
+from d2mora.evaluate import paired, read_graded
+from d2mora.train import begun, read_metrics, validation_losses
+from d2mora.utils import write_text
 from d2mora.tasks import TASKS
 from d2mora.train import train
 

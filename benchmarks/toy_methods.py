@@ -21,9 +21,9 @@ import torch
 import transformers
 
 from d2mora.evaluate import evaluate
-from d2mora.tasks import toy_base
+from d2mora.toy import toy_base
 from d2mora.recipe import adapted_base, load_recipe
-from d2mora.runs import validation_losses
+from d2mora.train import validation_losses
 from d2mora.train import train
 
 OURS = dict(peft_type="D2MORA", r=3, lora_dropout=0.0, orthogonality_weight=1e-4, target_modules="all-linear")

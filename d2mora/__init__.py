@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its hint at a faster kernel would stand beside a command's one line
 
 from d2mora.orthogonality import attach_orthogonality, orthogonality_loss
-from d2mora.published import convert_official_checkpoint
+from d2mora.checkpoints import convert_official_checkpoint
 from d2mora.tuner import D2MoraConfig, D2MoraModel, parameter_groups
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 def __getattr__(name):
     "Import the trainer, which needs datasets, only where it is asked for."
     if name == "D2MoraTrainer":
-        from d2mora.trainer import D2MoraTrainer
+        from d2mora.train import D2MoraTrainer
 
         return D2MoraTrainer
     raise AttributeError(f"module 'd2mora' has no attribute '{name}'")

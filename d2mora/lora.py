@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['match_dtype', 'project_down', 'project_up', 'init_experts']
 
-# %% ../nbs/01_lora.ipynb #addf6377
+# %% ../nbs/01_lora.ipynb #bf9b805e
 import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mix_down']
 
-# %% ../nbs/03_many_to_many.ipynb #bc4c739b
+# %% ../nbs/03_many_to_many.ipynb #d3a28ec6
 from torch import Tensor
 
 # %% ../nbs/03_many_to_many.ipynb #90495a2c

@@ -6,13 +6,12 @@
 __all__ = ['pairwise_cosine', 'similarity', 'whole', 'Experts', 'expert_layers', 'in_pieces', 'active_experts',
            'orthogonality_loss', 'add_orthogonality_gradient', 'attach_orthogonality']
 
-# %% ../nbs/05_orthogonality.ipynb #5e758adc
+# %% ../nbs/05_orthogonality.ipynb #bc09bda8
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import torch
+from collections.abc import Callable, Iterator
 from torch import Tensor, nn
+from typing import Any
 
 # %% ../nbs/05_orthogonality.ipynb #e779dd6e
 def pairwise_cosine(

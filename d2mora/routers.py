@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['route', 'many_to_many']
 
-# %% ../nbs/04_routers.ipynb #1e4e7b1b
-from collections.abc import Callable
-
+# %% ../nbs/04_routers.ipynb #76254ee2
 import torch
 import torch.nn.functional as F
+from collections.abc import Callable
 from torch import Tensor
 
 from .lora import match_dtype

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['one_to_one', 'mix_up', 'one_to_many']
 
-# %% ../nbs/02_shared_a.ipynb #110b585e
+# %% ../nbs/02_shared_a.ipynb #4ea7fc39
 from collections.abc import Callable
-
 from torch import Tensor
 
 # %% ../nbs/02_shared_a.ipynb #696524f3

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from d2mora.tasks import toy_base, toy_rows
+from d2mora.toy import toy_base, toy_rows
 
 ADAPTER = Path(__file__).parents[1] / "nbs" / "results" / "demo" / "adapter"
 ROWS = toy_rows("toy", "boolq", "train")[:4]
@@ -540,7 +540,7 @@ ADAPTERS = [
 def graded(folder: str) -> list:
     "What an adapter answers, with its scores."
     from d2mora.evaluate import load_target
-    from d2mora.protocols import grade_rows
+    from d2mora.scoring import grade_rows
     model, tokenizer, _ = load_target(folder)
     return grade_rows(model, tokenizer, "boolq", toy_rows("toy", "boolq", "test")[:4])
 

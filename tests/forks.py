@@ -20,8 +20,8 @@ import transformers
 
 import d2mora.cli
 import d2mora.compare
-import d2mora.deploy
-import d2mora.diagnose
+import d2mora.export
+import d2mora.analysis
 
 datasets.disable_progress_bars()
 PIPE = 2**20  # bytes that a fork may say before somebody listens

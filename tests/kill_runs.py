@@ -17,7 +17,7 @@ import transformers
 from forks import POINTS, Fork, arm
 
 from d2mora.recipe import load_base, load_recipe
-from d2mora.tasks import toy_rows
+from d2mora.toy import toy_rows
 from d2mora.train import train
 
 STEPS, SAVE = 100, 4

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SERVER = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
-if SERVER.get_start_method() == "forkserver": SERVER.set_forkserver_preload(["d2mora.cli", "d2mora.compare", "d2mora.deploy", "d2mora.diagnose", "d2mora.plan"])
+if SERVER.get_start_method() == "forkserver": SERVER.set_forkserver_preload(["d2mora.cli", "d2mora.compare", "d2mora.export", "d2mora.analysis", "d2mora.plan"])
 
 
 def command(*words):

@@ -13,8 +13,8 @@ from d2mora.cli import explained, main
 from d2mora.data import read_file
 from d2mora.plan import GPUS, GiB, Plan, fits
 from d2mora.recipe import load_base, load_recipe
-from d2mora.resume import reading
-from d2mora.tasks import toy_base, toy_rows
+from d2mora.train import reading
+from d2mora.toy import toy_base, toy_rows
 from d2mora.train import check_device, train
 
 SMALL = {"data.tasks": ["boolq"], "training.max_steps": 3, "training.warmup_steps": 0, "training.per_device_train_batch_size": 1, "training.logging_steps": 1}

@@ -19,7 +19,9 @@ def module_of(notebook):
     return found and found[1]
 
 
-ORDER = [module for module in map(module_of, SIDEBAR) if module]
+ORDER = (
+    "utils lora shared_a many_to_many routers orthogonality lean checks tuner checkpoints tasks toy data recipe train scoring evaluate analysis compare plan export cli".split()
+)
 MODULES = sorted(p.stem for p in (ROOT / "d2mora").glob("*.py") if not p.stem.startswith("_"))
 
 

@@ -8,12 +8,13 @@ import pytest
 import transformers
 
 from d2mora.cli import main
-from d2mora.deploy import export
+from d2mora.export import export
 from d2mora.evaluate import evaluate, load_target
-from d2mora.generation import write
-from d2mora.grading import settings_of
+from d2mora.scoring import write
+from d2mora.evaluate import settings_of
 from d2mora.recipe import load_base
-from d2mora.tasks import evaluation_prompt, toy_base, toy_rows
+from d2mora.tasks import evaluation_prompt
+from d2mora.toy import toy_base, toy_rows
 from helpers import fill, our_config
 
 

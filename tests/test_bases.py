@@ -12,7 +12,7 @@ from torch import nn
 
 import d2mora
 from d2mora import tuner
-from d2mora.static import calibrate, static_lora
+from d2mora.export import calibrate, static_lora
 from helpers import difference, fill, tiny_llama, tokens
 from test_deploy import held, rows
 
@@ -239,7 +239,7 @@ def test_a_run_on_a_quantized_folder(stored, tmp_path):
     "A base that was saved in 4 bits is a base like others: recipe, training, grading."
     from d2mora.evaluate import evaluate
     from d2mora.recipe import load_recipe
-    from d2mora.tasks import toy_base
+    from d2mora.toy import toy_base
     from d2mora.train import train
 
     transformers.AutoModelForCausalLM.from_pretrained(toy_base(), quantization_config=transformers.BitsAndBytesConfig(**BITS["4 bits"]), device_map="cpu").save_pretrained(tmp_path / "base")

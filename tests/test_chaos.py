@@ -14,8 +14,9 @@ import pytest
 from program import program
 
 from d2mora.data import read_file
-from d2mora.runs import LOCK, begun, locked
-from d2mora.tasks import toy_rows
+from d2mora.utils import LOCK, locked
+from d2mora.train import begun
+from d2mora.toy import toy_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,7 +135,7 @@ def test_stored_determinism_is_what_is_promised():
 
 def test_a_comparison_grades_anew_when_test_rows_changed(tmp_path, monkeypatch):
     from d2mora import compare
-    from d2mora.report import row_hash
+    from d2mora.scoring import row_hash
 
     rows, calls = toy_rows("toy", "boolq", "test")[:3], []
     (tmp_path / "boolq").mkdir()

@@ -12,7 +12,7 @@ import pytest
 from program import program
 
 from d2mora.cli import app, main
-from d2mora.tasks import toy_base, toy_rows
+from d2mora.toy import toy_base, toy_rows
 from d2mora.recipe import load_recipe
 from d2mora.train import train
 

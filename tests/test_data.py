@@ -8,12 +8,10 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from d2mora.batches import (
-    ByLength, Collator, answer_start, check_packing, collator_for, computed_tokens, counts_table, effective_tasks, encode, epoch_batches,
-    logits_where_graded, pack, prepare, sampling_arguments, shorten_prompt, tokenize, useful_tokens,
-)  # fmt: skip
+from d2mora.data import ByLength, Collator, answer_start, check_packing, collator_for, computed_tokens, counts_table, effective_tasks, encode, epoch_batches, logits_where_graded, pack, prepare, sampling_arguments, shorten_prompt, tokenize, useful_tokens  # fmt: skip
 from d2mora.data import PUBLISHED, DataConfig, read_rows, read_task, survey
-from d2mora.tasks import TASKS, toy_base, toy_rows, training_prompt
+from d2mora.tasks import TASKS, training_prompt
+from d2mora.toy import toy_base, toy_rows
 
 
 def columns(rows):
@@ -329,12 +327,12 @@ def folder_of(tmp_path, rows, name="train", task="boolq"):
 def test_tokens_are_kept_on_disk_by_content_and_settings(tmp_path, monkeypatch):
     import datasets
 
-    import d2mora.batches
+    import d2mora.data
 
     tokenizer, calls = AutoTokenizer.from_pretrained(toy_base()), []
-    real = d2mora.batches.encode_row
-    monkeypatch.setattr(d2mora.batches, "encode_row", lambda *args: calls.append(1) or real(*args))
-    monkeypatch.setattr(d2mora.batches, "cache_key", lambda rows, tokenizer, config, key=d2mora.batches.cache_key: key(rows, tokenizer, config) + "t")
+    real = d2mora.data.encode_row
+    monkeypatch.setattr(d2mora.data, "encode_row", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(d2mora.data, "cache_key", lambda rows, tokenizer, config, key=d2mora.data.cache_key: key(rows, tokenizer, config) + "t")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = list(toy_rows("toy", "boolq", "train"))[:30]
 
@@ -422,7 +420,7 @@ def test_a_run_learns_from_each_sampling_and_packed_as_from_padded(sampling, tmp
     from safetensors.torch import load_file
 
     from d2mora.recipe import load_recipe
-    from d2mora.runs import read_metrics
+    from d2mora.train import read_metrics
     from d2mora.train import train
 
     def run(name):

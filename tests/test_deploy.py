@@ -12,15 +12,15 @@ import pytest
 import torch
 import transformers
 
-from d2mora import deploy, tuner
+from d2mora import export, tuner
 from d2mora.cli import main
-from d2mora.deploy import export
+from d2mora.export import export
 from d2mora.data import DataConfig
 from d2mora.evaluate import evaluate, load_target
 from d2mora.evaluate import test_rows as rows_to_grade
 from d2mora.recipe import load_base
-from d2mora.static import calibrate, encoded_rows, fitted_map, low_rank, mean_map, static_lora
-from d2mora.tasks import toy_base
+from d2mora.export import calibrate, encoded_rows, fitted_map, low_rank, mean_map, static_lora
+from d2mora.toy import toy_base
 from helpers import PAIRS, adapted, difference, fill, our_config, tiny_llama, tokens
 
 DEMO = Path(__file__).parents[1] / "nbs/results/demo"
@@ -126,8 +126,8 @@ def test_command_writes_one_for_each_task_and_says_what_it_costs(tmp_path, capsy
 
 
 def test_distillation_comes_closer():
-    from d2mora.cost import divergences
-    from d2mora.static import distill, encoded_rows
+    from d2mora.export import divergences
+    from d2mora.export import distill, encoded_rows
     from d2mora.evaluate import load_target
 
     model, tokenizer, config = load_target(DEMO)
@@ -199,7 +199,7 @@ def calibrated(adapter, tasks):
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path):
-    with patch.object(deploy, "write_static", side_effect=OSError("disk full")), pytest.raises(OSError): export(DEMO, tmp_path / "out", rank=3, **SMALL)
+    with patch.object(export, "write_static", side_effect=OSError("disk full")), pytest.raises(OSError): export(DEMO, tmp_path / "out", rank=3, **SMALL)
     assert not list(tmp_path.iterdir())
 
 
@@ -215,7 +215,7 @@ def others(tmp_path_factory):
         config = json.loads((folder / name / "config.json").read_text())
         (folder / name / "config.json").write_text(json.dumps(config | change))
     (folder / "some/boolq").mkdir(parents=True)
-    from d2mora.tasks import toy_rows
+    from d2mora.toy import toy_rows
     for split in ("train", "test"): (folder / f"some/boolq/{split}.json").write_text(json.dumps(toy_rows("toy", "boolq", split, 8)))
     return folder
 

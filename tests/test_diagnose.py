@@ -11,14 +11,14 @@ import torch
 from helpers import adapted, fill, our_config, tiny_llama, tokens
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from d2mora import ablations, alarms, likeness, routing
-from d2mora.alarms import Watch
-from d2mora.pictures import canvas, headline
+from d2mora import analysis
+from d2mora.analysis import Watch
+from d2mora.utils import canvas, headline
 from d2mora.recipe import load_recipe
-from d2mora.report import draw_results, report
-from d2mora.runs import read_metrics
+from d2mora.evaluate import draw_results, report
+from d2mora.train import read_metrics
 from d2mora.train import train
-from d2mora.verdicts import draw_comparison
+from d2mora.compare import draw_comparison
 from d2mora.orthogonality import Experts
 
 SHORT = {"training.max_steps": 12, "training.logging_steps": 2, "training.disable_tqdm": True, "data.tasks": ["piqa", "boolq"], "adapter.target_modules": ["q_proj", "v_proj"]}
@@ -36,59 +36,59 @@ def test_planted_twins_are_the_most_alike_pair_and_orthogonal_ones_score_zero():
     model = adapted()
     B = parts(model)[2]
     with torch.no_grad(): B[6] = -3 * B[1]
-    top, layer, pair = likeness.most_alike(likeness.likeness(model), "up")
+    top, layer, pair = analysis.most_alike(analysis.likeness(model), "up")
     assert abs(top - 1) < 1e-4 and pair == (1, 6) and (layer["block"], layer["kind"]) == (0, "v_proj")
     with torch.no_grad():
         for A in parts(model, "d2mora_A"): A.copy_(torch.eye(A.shape[0] * A.shape[1], A.shape[2]).view_as(A))
-    found = likeness.likeness(model)
-    assert likeness.overall(found, "down", likeness.main_kinds(found)) == 0 == likeness.overall(found, "down", ["q_proj"], "overlap")
+    found = analysis.likeness(model)
+    assert analysis.overall(found, "down", analysis.main_kinds(found)) == 0 == analysis.overall(found, "down", ["q_proj"], "overlap")
 
 
 def test_overlap_sees_what_the_cosine_misses():
     P = torch.randn(4, 64)
     mixed = torch.linalg.qr(torch.randn(4, 4)).Q @ P  # another basis of the same subspace
     both = torch.stack([P, mixed, torch.zeros(4, 64)])
-    overlap = likeness.subspace_overlap(both)
+    overlap = analysis.subspace_overlap(both)
     assert abs(overlap[0, 1] - 1) < 1e-4 and overlap[0, 2] == 0 == overlap[2, 2]
-    assert likeness.pairwise_cosine(both)[0, 1].abs() < 0.9
+    assert analysis.pairwise_cosine(both)[0, 1].abs() < 0.9
 
 
 def test_likeness_of_half_precision_and_of_one_a():
-    found = likeness.likeness(adapted(pairing="one-to-many").to(torch.bfloat16))
-    assert likeness.overall(found, "up", ["q_proj"]) > 0 and likeness.curve(found, "q_proj", "down", "cosine") == []
+    found = analysis.likeness(adapted(pairing="one-to-many").to(torch.bfloat16))
+    assert analysis.overall(found, "up", ["q_proj"]) > 0 and analysis.curve(found, "q_proj", "down", "cosine") == []
 
 
 def test_several_models_are_drawn_side_by_side_and_lora_is_left_out():
     lora = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    figure = likeness.draw_similarity({"a": adapted(), "b": adapted(pairing="one-to-many"), "LoRA": lora})
+    figure = analysis.draw_similarity({"a": adapted(), "b": adapted(pairing="one-to-many"), "LoRA": lora})
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"a", "b (a single A)", "two random subspaces"}
-    assert "B's are most alike in " in figure.get_label() and likeness.draw_similarity({"LoRA": lora}) is None
+    assert "B's are most alike in " in figure.get_label() and analysis.draw_similarity({"LoRA": lora}) is None
 
 
 # ---- routing ----
 def test_padding_does_not_matter(monkeypatch):
     model, texts = adapted(), sorted(TEXTS, key=len)
-    together, alone = routing.token_weights(model, TEXTS), [routing.token_weights(model, [text]) for text in texts]
+    together, alone = analysis.token_weights(model, TEXTS), [analysis.token_weights(model, [text]) for text in texts]
     gap = lambda found: max((found[n][s] - torch.cat([own[n][s] for own in alone])).abs().max().item() for n in found for s in found[n])
     assert sum(map(len, TEXTS)) == len(next(iter(together.values()))["up"]) and gap(together) < 1e-5
-    monkeypatch.setattr(routing, "equal_lengths", lambda rows: [torch.tensor([(row * 20)[:len(row)] + [0] * (20 - len(row)) for row in rows])])
-    assert len(next(iter(routing.token_weights(model, TEXTS).values()))["up"]) == 60  # a version that reads padding is another
+    monkeypatch.setattr(analysis, "equal_lengths", lambda rows: [torch.tensor([(row * 20)[:len(row)] + [0] * (20 - len(row)) for row in rows])])
+    assert len(next(iter(analysis.token_weights(model, TEXTS).values()))["up"]) == 60  # a version that reads padding is another
 
 
 def test_a_planted_router_is_read_as_planted():
     model = adapted()
     with torch.no_grad():
         for R in parts(model, "router_up"): R.zero_()
-    found = routing.token_weights(model, TEXTS)
+    found = analysis.token_weights(model, TEXTS)
     assert all(torch.allclose(own["up"], torch.full_like(own["up"], 1 / 8)) for own in found.values())
-    own = routing.summary(next(iter(found.values())))
+    own = analysis.summary(next(iter(found.values())))
     assert abs(own["each_up"] - 8) < 1e-4 and torch.allclose(own["meetings"], torch.outer(own["down"], own["up"]))
-    assert torch.allclose(routing.surprise(own["meetings"]), torch.ones(3, 8), atol=1e-4)
+    assert torch.allclose(analysis.surprise(own["meetings"]), torch.ones(3, 8), atol=1e-4)
 
 
 def test_the_page_of_a_text_cannot_be_broken_by_its_tokens():
     found = {"tokens": ["</script><b>", "“x”"], "layers": {"block 0 q_proj": {"down": [[90, 10], [5, 95]]}}, "shown": "block 0 q_proj"}
-    page = routing.router_page(found)
+    page = analysis.router_page(found)
     assert page.count("</script>") == 1 and "http" not in page and "/*MAP*/" not in page
     data = page.split("const map = ")[1].split(";\n")[0]
     assert json.loads(data)["tokens"] == found["tokens"]
@@ -99,8 +99,8 @@ def test_the_page_of_a_text_cannot_be_broken_by_its_tokens():
 def test_without_an_expert_is_the_model_that_never_had_it(pairing, side):
     model, ids = adapted(pairing=pairing), tokens()
     whole = model(ids).logits
-    cut = partial(ablations.without, side=side, j=1)
-    with ablations.changed(model, cut): found = model(ids).logits
+    cut = partial(analysis.without, side=side, j=1)
+    with analysis.changed(model, cut): found = model(ids).logits
     counts = {"many-to-many": {"down": {"num_down_experts": 2}, "up": {"num_up_experts": 7}}, "one-to-many": {"up": {"num_up_experts": 3}},
               "one-to-one": {"down": {"num_down_experts": 3, "num_up_experts": 3}}}[pairing][side]
     smaller = peft.get_peft_model(tiny_llama(), our_config(pairing, **counts)).eval()
@@ -116,7 +116,7 @@ def test_without_an_expert_is_the_model_that_never_had_it(pairing, side):
 def test_a_failing_ablation_leaves_no_trace():
     model = adapted()
     before = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(RuntimeError), ablations.changed(model, ablations.uniform): raise RuntimeError
+    with pytest.raises(RuntimeError), analysis.changed(model, analysis.uniform): raise RuntimeError
     after = dict(model.named_parameters())
     assert before.keys() == after.keys() and all(torch.equal(p, after[n]) for n, p in before.items())
 
@@ -127,26 +127,26 @@ def test_one_mix_keeps_a_model_whose_routers_are_constant(pairing):
     with torch.no_grad():
         for side in ("router_down", "router_up"):
             for R in parts(model, side): R.zero_()
-    means = {layer: {side: w.mean(0) for side, w in own.items()} for layer, own in routing.token_weights(model, TEXTS).items()}
-    with ablations.changed(model, partial(ablations.one_mix, weights=means)):
+    means = {layer: {side: w.mean(0) for side, w in own.items()} for layer, own in analysis.token_weights(model, TEXTS).items()}
+    with analysis.changed(model, partial(analysis.one_mix, weights=means)):
         assert all(len(A) == 1 for A in parts(model, "d2mora_A"))
         mixed = model(ids).logits
     torch.testing.assert_close(mixed, model(ids).logits, atol=1e-4, rtol=1e-4)
     wrong = {layer: {side: 2 * w for side, w in own.items()} for layer, own in means.items()}
-    with ablations.changed(model, partial(ablations.one_mix, weights=wrong)): assert (model(ids).logits - mixed).abs().max() > 1e-3
+    with analysis.changed(model, partial(analysis.one_mix, weights=wrong)): assert (model(ids).logits - mixed).abs().max() > 1e-3
 
 
 # ---- alarms ----
 def test_alarms_name_what_was_planted_and_nothing_else():
     model = adapted()
-    assert not any(alarms.alarms(fill(model, std=0.05), TEXTS).values())
+    assert not any(analysis.alarms(fill(model, std=0.05), TEXTS).values())
     with torch.no_grad(): parts(model)[4][7] = parts(model)[4][0]
-    found = alarms.alarms(model, TEXTS)
-    assert found["twins"] == ["B1 = B8 in block 1 k_proj"] and alarms.said(found) == "twins: B1 = B8 in block 1 k_proj"
+    found = analysis.alarms(model, TEXTS)
+    assert found["twins"] == ["B1 = B8 in block 1 k_proj"] and analysis.said(found) == "twins: B1 = B8 in block 1 k_proj"
 
 
 def test_a_fresh_adapter_raises_no_alarm():
-    assert not any(alarms.alarms(peft.get_peft_model(tiny_llama(), our_config()), TEXTS).values())
+    assert not any(analysis.alarms(peft.get_peft_model(tiny_llama(), our_config()), TEXTS).values())
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +206,10 @@ def test_no_grade_has_a_text_cut_off():
 
 
 def test_report_shows_every_picture_with_its_description(tmp_path, monkeypatch):
-    from d2mora import diagnose
-    run, figures, save = shutil.copytree(ROOT / "nbs/results/demo", tmp_path / "run"), {}, diagnose.save_picture
-    monkeypatch.setattr(diagnose, "save_picture", lambda figure, folder, name: (save(figure, folder, name), figures.update({name: figure}))[0])
-    drawn = diagnose.draw(run)
+    from d2mora import analysis
+    run, figures, save = shutil.copytree(ROOT / "nbs/results/demo", tmp_path / "run"), {}, analysis.save_picture
+    monkeypatch.setattr(analysis, "save_picture", lambda figure, folder, name: (save(figure, folder, name), figures.update({name: figure}))[0])
+    drawn = analysis.draw(run)
     assert {name: cut for name, figure in figures.items() if (cut := cut_off(figure))} == {}
     text = report(run)
     assert {"loss", "routers", "similarity", "tokens"} <= {path.stem for path in drawn} and not (run / "plots/ablations.png").exists()  # not graded here

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2mora.recipe import load_recipe
-from d2mora.runs import read_metrics
+from d2mora.train import read_metrics
 from d2mora.train import train
 
 CONFIGS = files("d2mora") / "assets" / "accelerate"

@@ -8,12 +8,12 @@ import torch
 
 from d2mora.cli import main
 from d2mora.data import read_task
-from d2mora import likelihood
+from d2mora import scoring
 from d2mora.evaluate import ask, evaluate, on_device
-from d2mora.generation import NEW_TOKENS, RoomLayer, write, write_tokens
-from d2mora.likelihood import beginning, option_scores, ready
-from d2mora.protocols import PROTOCOLS, batch_differences, choice_pairs, grade_batch, grade_rows, grader, items_of, plan, prompt_pairs
-from d2mora.report import mean_chance, summary, wilson_interval
+from d2mora.scoring import NEW_TOKENS, RoomLayer, write, write_tokens
+from d2mora.scoring import beginning, option_scores, ready
+from d2mora.scoring import PROTOCOLS, batch_differences, choice_pairs, grade_batch, grade_rows, grader, items_of, plan, prompt_pairs
+from d2mora.evaluate import mean_chance, summary, wilson_interval
 from d2mora.tasks import ANSWER_PREFIX, TASKS, content_pairs, evaluation_prompt, parse_answer, question_and_texts, row_answers
 from d2mora.recipe import load_recipe
 from d2mora.train import train
@@ -92,8 +92,8 @@ def test_a_cache_that_forgets_to_reorder_its_beams_is_noticed(stories, monkeypat
 @pytest.fixture
 def reads(monkeypatch):
     "The shapes of what is read, forward pass by forward pass."
-    seen, forward = [], likelihood.forward
-    monkeypatch.setattr(likelihood, "forward", lambda model, ids, *args, **kwargs: seen.append(tuple(ids.shape)) or forward(model, ids, *args, **kwargs))
+    seen, forward = [], scoring.forward
+    monkeypatch.setattr(scoring, "forward", lambda model, ids, *args, **kwargs: seen.append(tuple(ids.shape)) or forward(model, ids, *args, **kwargs))
     return seen
 
 
@@ -104,7 +104,7 @@ def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch,
     shared = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=3)
     beginnings = [(n, length) for n, length in reads if n == 1]
     assert protocol == "content" or len(beginnings) == 1 and beginnings[0][1] > 100  # the template, once for all batches
-    monkeypatch.setattr(likelihood, "SHARED", 10**9)
+    monkeypatch.setattr(scoring, "SHARED", 10**9)
     apart = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=3)
     for a, b in zip(shared, apart):
         assert a.get("text") == b.get("text") and a["predicted"] == b["predicted"]

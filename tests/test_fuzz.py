@@ -30,7 +30,7 @@ import d2mora
 from d2mora.data import DataConfig, read_task, row_problem
 from d2mora.evaluate import with_adapter
 from d2mora.recipe import load_recipe
-from d2mora.strangers import read_adapter, read_weights
+from d2mora.checkpoints import read_adapter, read_weights
 from d2mora.tuner import PAIRINGS, D2MoraLinear, misfit
 
 FUZZ = os.environ.get("D2MORA_FUZZ")

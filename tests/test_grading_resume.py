@@ -14,11 +14,11 @@ import pytest
 from program import Program
 import torch
 
-from d2mora import protocols as module
+from d2mora import scoring as module
 from d2mora.cli import main
 from d2mora.evaluate import evaluate
-from d2mora.report import comparison, read_graded, write_disagreements
-from d2mora.tasks import toy_base, toy_rows
+from d2mora.evaluate import comparison, read_graded, write_disagreements
+from d2mora.toy import toy_base, toy_rows
 from d2mora.recipe import load_recipe
 from d2mora.train import train
 

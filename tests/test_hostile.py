@@ -1,4 +1,4 @@
-"""Files from strangers, attacked: what is sent to us is read, never run; nothing is written elsewhere; no secret is handed on.
+"""Files from utils, attacked: what is sent to us is read, never run; nothing is written elsewhere; no secret is handed on.
 
 Each attack that could run something would leave a sentinel, and each kind of bomb is first shown to go off where nobody checks.
 """
@@ -26,11 +26,12 @@ from program import program
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from d2mora import strangers
+from d2mora import utils
 from d2mora.cli import main
 from d2mora.recipe import load_base, load_recipe
-from d2mora.strangers import check_words, read_tensors, read_yaml
-from d2mora.tasks import TASKS, toy_base, toy_rows
+from d2mora.utils import check_words, read_tensors, read_yaml
+from d2mora.tasks import TASKS
+from d2mora.toy import toy_base, toy_rows
 from d2mora.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -239,7 +240,7 @@ def test_nothing_of_ours_trusts_code():
     assert "weights_only=False" not in text and 'trust_remote_code": True' not in text and "trust_remote_code=True" not in text
     for call in ("pickle.load", "yaml.unsafe", "yaml.load(", "yaml.Loader", " eval(", " exec(", "os.system", "shell=True"):
         assert not [line for line in text.splitlines() if call in line and "OneMeaning" not in line], call
-    assert issubclass(strangers.OneMeaning, yaml.SafeLoader)
+    assert issubclass(utils.OneMeaning, yaml.SafeLoader)
 
 
 # ---- paths ----
@@ -471,7 +472,7 @@ def test_the_embedded_base_is_checked_byte_by_byte(tmp_path):
 # ---- pages ----
 def test_a_text_with_markup_stays_text():
     "The page of tokens, which is opened in a browser, holds no tag of a stranger's row."
-    from d2mora.routing import router_page
+    from d2mora.analysis import router_page
 
     evil = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--<script>"]
     page = router_page({"tokens": evil, "layers": {"l": {"down": [[60, 40]] * 3, "up": [[50, 50]] * 3}}})

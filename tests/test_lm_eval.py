@@ -7,7 +7,7 @@ import pytest
 lm_eval = pytest.importorskip("lm_eval", reason="pip install d2mora[eval]")
 
 
-from d2mora.protocols import PROTOCOLS, grade_rows, lm_eval_tasks
+from d2mora.scoring import PROTOCOLS, grade_rows, lm_eval_tasks
 from d2mora.data import read_task
 from d2mora.tasks import TASKS
 from helpers import adapted_stories

@@ -9,7 +9,7 @@ from d2mora.cli import main
 from d2mora.data import read_task
 from d2mora.evaluate import evaluate
 from d2mora.recipe import load_recipe
-from d2mora.runs import validation_losses
+from d2mora.train import validation_losses
 from d2mora.tasks import TASKS
 from d2mora.train import train
 

@@ -10,14 +10,14 @@ import transformers
 from helpers import adapted, fill, our_config, tiny_llama
 from torch import nn
 
-from d2mora import ablations, alarms, diagnose, evaluate, likeness, routing
-from d2mora.alarms import Watch
+from d2mora import analysis, evaluate
+from d2mora.analysis import Watch
 from d2mora.cli import main
 from d2mora.data import read_task
-from d2mora.likelihood import padded
+from d2mora.scoring import padded
 from d2mora.recipe import load_base
-from d2mora.runs import read_metrics
-from d2mora.static import calibrate, static_lora
+from d2mora.train import read_metrics
+from d2mora.export import calibrate, static_lora
 from d2mora.tuner import mixture, watch_layers
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ def by_value(w): return w[w[:, 0].argsort()]
 @pytest.mark.parametrize("name", BASES)
 def test_routing_of_what_each_layer_is_given(name):
     model = model_of(name)
-    found, expected = routing.token_weights(model, TEXTS), given(model, TEXTS)
+    found, expected = analysis.token_weights(model, TEXTS), given(model, TEXTS)
     assert found.keys() == expected.keys() and len(found) >= 2
     for layer, sides in expected.items():
         for side, w in sides.items(): torch.testing.assert_close(by_value(found[layer][side]), by_value(w), atol=1e-5, rtol=0)
@@ -114,13 +114,13 @@ def test_instruments_and_pictures(name, toy):
     text = rows["piqa"][0]["instruction"]
     table = evaluate.routing_table(model, tokenizer, text).splitlines()
     assert len(table) == 2 + len(tokenizer(text)["input_ids"]) and len(table[0].split("|")) == 1 + 1 + 3 + 8 + 1
-    pages = routing.token_map(model, tokenizer, text)
+    pages = analysis.token_map(model, tokenizer, text)
     assert "q_proj" in str(list(pages["layers"])) and not any("experts" in layer for layer in pages["layers"])  # a layer that is given some tokens has none to show at each
-    found = routing.routing_by_task(model, tokenizer, rows)
-    figures = [routing.draw_routers(found, list(rows)), routing.draw_layers(found, list(rows)), routing.draw_effective(found), routing.draw_meetings(found), routing.draw_tokens(pages)]
+    found = analysis.routing_by_task(model, tokenizer, rows)
+    figures = [analysis.draw_routers(found, list(rows)), analysis.draw_layers(found, list(rows)), analysis.draw_effective(found), analysis.draw_meetings(found), analysis.draw_tokens(pages)]
     assert found and all(len(value) == 2 for own in found.values() for value in own.values()) and not any("nan" in figure.get_label() for figure in figures)
-    assert alarms.alarms(model, TEXTS).keys() == alarms.ALARMS.keys()
-    with ablations.changed(model, lambda *part: ablations.one_mix(*part, weights=ablations.means_of(found, ["piqa", "boolq"])["piqa"])): model(torch.tensor([TEXTS[0]]))
+    assert analysis.alarms(model, TEXTS).keys() == analysis.ALARMS.keys()
+    with analysis.changed(model, lambda *part: analysis.one_mix(*part, weights=analysis.means_of(found, ["piqa", "boolq"])["piqa"])): model(torch.tensor([TEXTS[0]]))
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -165,7 +165,7 @@ def test_a_watched_run_of_every_shape(name, tmp_path, capsys):
 def test_monitoring_that_fails_is_told_once_and_ends_no_run(part, kept, tmp_path, capsys, monkeypatch):
     def broken(*_): raise IndexError("The shape of the mask\n does not fit")
 
-    monkeypatch.setattr(alarms, part, broken)
+    monkeypatch.setattr(analysis, part, broken)
     lines, told = trained(model_of("flattened"), tmp_path, Watch()), [line for line in capsys.readouterr().err.splitlines() if "monitoring" in line]
     assert len(lines) == 3 and all(kept in line for line in lines)
     assert len(told) == 1 and "IndexError: The shape of the mask" in told[0] and "the run goes on" in told[0]
@@ -181,19 +181,19 @@ def test_analysis_of_single_experts(pairing, M, N, toy, tmp_path):
     (tokenizer, rows), base = toy, load_base("toy")[0]
     config = our_config(pairing, num_down_experts=M, num_up_experts=N, target_modules="all-linear") if "oRA" not in pairing else peft.LoraConfig(r=2, use_dora=pairing == "DoRA", target_modules="all-linear")
     model = fill(peft.get_peft_model(base, config), std=0.05).eval()
-    parts = [("similarity of two", likeness.draw_similarity, {"a": model, "b": model}), *diagnose.expert_pictures(model, "a"), *diagnose.router_pictures(model, tokenizer, rows, rows, "plain", tmp_path)]
+    parts = [("similarity of two", analysis.draw_similarity, {"a": model, "b": model}), *analysis.expert_pictures(model, "a"), *analysis.router_pictures(model, tokenizer, rows, rows, "plain", tmp_path)]
     figures = {name: make(*args) for name, make, *args in parts}
     drawn = {name for name, figure in figures.items() if figure}
     assert not any("nan" in figure.get_label() or "of 1 " in figure.get_label() for figure in filter(None, figures.values()))
     assert ("similarity" in drawn) == ("heatmaps" in drawn) == (max(M, N) > 1) == ("routers" in drawn) == ("tokens" in drawn) and "meetings" not in drawn
     assert ("ablations" in drawn) == ("map" in drawn) == ("oRA" not in pairing)
-    assert not any(alarms.alarms(model, TEXTS)[kind] for kind in ("twins", "collapsed"))
+    assert not any(analysis.alarms(model, TEXTS)[kind] for kind in ("twins", "collapsed"))
 
 
 def test_a_map_of_one_layer_and_of_experts_that_are_all_zero():
     model = adapted(target_modules=r".*0\.self_attn\.q_proj", num_down_experts=5)
-    titles = lambda: [ax.get_title("left")[:9] for ax in likeness.draw_map(model).axes]
-    assert titles() == ["A's: t-SN", "A's: PCA,", "B's: t-SN", "B's: PCA,"] and "nan" not in likeness.draw_map(model).get_label()
+    titles = lambda: [ax.get_title("left")[:9] for ax in analysis.draw_map(model).axes]
+    assert titles() == ["A's: t-SN", "A's: PCA,", "B's: t-SN", "B's: PCA,"] and "nan" not in analysis.draw_map(model).get_label()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "d2mora_B" in name: p.zero_()
@@ -203,8 +203,8 @@ def test_a_map_of_one_layer_and_of_experts_that_are_all_zero():
 def test_a_picture_that_fails_is_left_out_and_the_rest_is_drawn(tmp_path, monkeypatch, capsys):
     def broken(*_): raise ValueError("max() arg is an empty sequence")
 
-    monkeypatch.setattr(diagnose, "draw_heatmaps", broken), monkeypatch.setattr(diagnose, "token_map", broken)
-    drawn = diagnose.draw(shutil.copytree(ROOT / "nbs/results/demo", tmp_path / "run"))
+    monkeypatch.setattr(analysis, "draw_heatmaps", broken), monkeypatch.setattr(analysis, "token_map", broken)
+    drawn = analysis.draw(shutil.copytree(ROOT / "nbs/results/demo", tmp_path / "run"))
     told = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
     assert {path.stem for path in drawn} == {"loss", "similarity", "map", "routers", "layers", "effective", "meetings"}
     assert [line[:40] for line in told] == ["picture heatmaps failed and is left out,", "routing of a text failed and is left out"]

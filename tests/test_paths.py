@@ -12,7 +12,7 @@ from d2mora.cli import main
 from d2mora.data import DataConfig, data_path, read_rows
 from d2mora.evaluate import test_rows as rows_to_grade
 from d2mora.recipe import load_recipe
-from d2mora.tasks import toy_base, toy_rows
+from d2mora.toy import toy_base, toy_rows
 
 SMALL = ["data.tasks=[boolq]", "training.max_steps=1", "training.warmup_steps=0", "training.disable_tqdm=true", "training.per_device_train_batch_size=4"]
 NAMES = ["v?", "run[1]", "v*", "{a,b}", "v**", "~", "~nobody", "two words", "a #b", "a: b", "50%", "%20", "x::y", "hf:", "toy-", "-", "null", "[1]", "é", "a'b\"c", "&x", "!x", "$HOME", "\\"]
@@ -77,7 +77,7 @@ def test_tokens_go_into_memory_where_the_cache_fails(broken, tmp_path, monkeypat
     import datasets
     from transformers import AutoTokenizer
 
-    from d2mora.batches import encode_rows
+    from d2mora.data import encode_rows
 
     tokenizer, rows, config = AutoTokenizer.from_pretrained(toy_base()), read_rows(str(dataset(tmp_path / "data")), ["boolq"]), DataConfig(validation_rows=4)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

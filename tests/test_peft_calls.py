@@ -270,6 +270,6 @@ def test_call(call):
 
 
 def test_every_call_stands_in_the_table():
-    cells = json.loads((Path(__file__).parents[1] / "nbs/14c_elsewhere.ipynb").read_text())["cells"]
+    cells = json.loads((Path(__file__).parents[1] / "nbs/d_integrations.ipynb").read_text())["cells"]
     text = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     assert set(re.findall(r"^\| `(.+?)` \|", text, re.M)) == set(CALLS)

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 import peft
 from d2mora.cli import main
-from d2mora.batches import prepare
+from d2mora.data import prepare
 from d2mora.data import DataConfig, read_rows
-from d2mora.footprint import base_shape, bare_model, count_parts, micro_batch, plan_step, step_bytes, step_flops
+from d2mora.recipe import base_shape, bare_model
+from d2mora.plan import count_parts, micro_batch, plan_step, step_bytes, step_flops
 from d2mora.plan import GPUS, dry_run, find_gpu, fits, plan, small_shape
 from d2mora.recipe import Recipe, adapter_config, load_recipe
 from helpers import QKV
@@ -124,7 +125,7 @@ def test_grading_the_answer_only_keeps_fewer_bytes():
 def toy_plan(**training):
     from transformers import AutoTokenizer
 
-    from d2mora.tasks import toy_base
+    from d2mora.toy import toy_base
 
     recipe = load_recipe("demo", {"data.tasks": ["boolq"], "data.validation_rows": 100, **{f"training.{k}": v for k, v in training.items()}})
     return plan(recipe, prepare(read_rows("toy", ["boolq"]), recipe.data, AutoTokenizer.from_pretrained(toy_base())))

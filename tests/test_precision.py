@@ -7,9 +7,9 @@ import torch
 from helpers import fill
 from transformers import TrainerCallback
 
-from d2mora.tasks import toy_rows
+from d2mora.toy import toy_rows
 from d2mora.recipe import load_recipe
-from d2mora.runs import read_metrics
+from d2mora.train import read_metrics
 from d2mora.train import train
 
 SMALL = {

@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import d2mora
-from d2mora.tasks import toy_base
+from d2mora.toy import toy_base
 
 DEMO = Path(__file__).parents[1] / "nbs" / "results" / "demo" / "adapter"
 

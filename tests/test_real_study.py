@@ -7,7 +7,7 @@ from statistics import mean
 
 import pytest
 
-from d2mora.batches import encode
+from d2mora.data import encode
 from d2mora.data import DataConfig, plain, read_task
 from d2mora.evaluate import load_target
 from d2mora.tasks import TASKS

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from d2mora.data import DataConfig
-from d2mora.budgets import trained_parameters
-from d2mora.footprint import base_shape
+from d2mora.compare import trained_parameters
+from d2mora.recipe import base_shape
 from d2mora.recipe import load_recipe, recipe_names
 
 PUBLISHED = {  # name: base, M, N, r
@@ -119,7 +119,7 @@ def rows_a_step(recipe, processes):
 
 def test_commands_for_several_gpus_keep_the_published_batch():
     found = list(launches())
-    assert {(name, processes) for name, processes, _ in found} >= {("README.md", 8), ("index.ipynb", 8), ("13_full.ipynb", 2), ("13_full.ipynb", 16)}
+    assert {(name, processes) for name, processes, _ in found} >= {("README.md", 8), ("index.ipynb", 8), ("14_full_run.ipynb", 2), ("14_full_run.ipynb", 16)}
     for name, processes, (recipe, *words) in found:
         overrides = [word for word in words if "=" in word and not word.startswith("data.path")]
         assert rows_a_step(load_recipe(recipe, ["data.path=toy", *overrides]), processes) == 16, name

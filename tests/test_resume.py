@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from d2mora.cli import main
-from d2mora.tasks import toy_rows
+from d2mora.toy import toy_rows
 from d2mora.recipe import load_recipe
-from d2mora.resume import checkpoints
-from d2mora.runs import LOCK, locked, read_metrics
+from d2mora.train import checkpoints
+from d2mora.utils import LOCK, locked
+from d2mora.train import read_metrics
 from d2mora.train import train
 
 SMALL = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from d2mora.data import read_task
-from d2mora.deploy import export
+from d2mora.export import export
 
 ROOT = Path(__file__).parents[1]
 

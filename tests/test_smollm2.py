@@ -140,10 +140,10 @@ def test_a_wheel_with_another_checksum_and_a_half_written_folder_are_refused(scr
 
 def test_cloze_needs_to_know_each_rows_task(tmp_path):
     "In one mixed file the rows of three tasks cannot be told apart, and cloze puts them differently."
-    from d2mora.batches import prepare
+    from d2mora.data import prepare
     from d2mora.data import read_rows
     from d2mora.recipe import load_base
-    from d2mora.tasks import toy_rows
+    from d2mora.toy import toy_rows
 
     path = tmp_path / "commonsense_170k.json"
     path.write_text(json.dumps([row for task in TASKS for row in toy_rows("toy", task, "train", 8)]))

@@ -8,8 +8,8 @@ import torch
 from helpers import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from d2mora.tasks import (ANSWER_PREFIX, TASKS, content_pairs, evaluation_prompt, parse_answer, row_answers, score_options, toy_rows,
-                          training_prompt)
+from d2mora.tasks import ANSWER_PREFIX, TASKS, content_pairs, evaluation_prompt, parse_answer, row_answers, score_options, training_prompt
+from d2mora.toy import toy_rows
 
 
 def real_rows(shared, task, count=200):

@@ -12,8 +12,8 @@ from program import program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import d2mora
-from d2mora.tasks import (ANSWER_PREFIX, RELATIONS, SIZES, TASKS, TOY_TASKS, TOY_WORLDS, evaluation_prompt, parse_answer,
-                          row_answers, score_options, toy_base, toy_questions, toy_rows, toy_world, training_prompt)
+from d2mora.tasks import ANSWER_PREFIX, TASKS, evaluation_prompt, parse_answer, row_answers, score_options, training_prompt
+from d2mora.toy import RELATIONS, SIZES, TOY_TASKS, TOY_WORLDS, toy_base, toy_questions, toy_rows, toy_world
 
 ROOT = Path(__file__).parents[1]
 ASSETS = Path(d2mora.__file__).parent / "assets"

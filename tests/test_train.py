@@ -8,12 +8,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
-from d2mora.batches import prepare
+from d2mora.data import prepare
 from d2mora.data import read_rows
-from d2mora.tasks import toy_base
-from d2mora.cards import write_card
+from d2mora.toy import toy_base
+from d2mora.train import write_card
 from d2mora.recipe import load_recipe, read_recipe, recipe_names
-from d2mora.runs import read_metrics, validation_losses
+from d2mora.train import read_metrics, validation_losses
 from d2mora.train import train
 
 SMALL = {"data.tasks": ["boolq"], "data.validation_rows": 16, "training.max_steps": 6, "training.per_device_train_batch_size": 4,

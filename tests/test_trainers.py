@@ -11,7 +11,7 @@ import transformers
 
 import d2mora
 from d2mora import attach_orthogonality, orthogonality_loss
-from d2mora.tasks import toy_base, toy_rows
+from d2mora.toy import toy_base, toy_rows
 from helpers import fill, our_config
 
 ACCUMULATE = 4

@@ -6,7 +6,7 @@ import pytest
 
 from d2mora.cli import main
 from d2mora.recipe import load_recipe, recipe_names
-from d2mora.tasks import toy_rows
+from d2mora.toy import toy_rows
 
 EXPERTS = {"many-to-many": [(1, 1), (1, 3), (3, 1), (2, 3)], "one-to-many": [(1, 1), (1, 3)], "one-to-one": [(1, 1), (2, 2)]}
 SHAPES = [(pairing, M, N) for pairing, shapes in EXPERTS.items() for M, N in shapes]
