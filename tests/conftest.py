@@ -9,7 +9,20 @@ import torch
 SHARED = Path(os.environ.get("D2MORA_SHARED", Path(__file__).parents[2] / "shared")).resolve()
 
 
-SLOW = ["test_book", "test_whole", "test_chaos", "test_package", "test_resume", "test_plan", "test_demo", "test_grading_resume", "test_distributed", "test_evaluate", "test_data", "test_train"]
+SLOW = [
+    "test_book",
+    "test_whole",
+    "test_chaos",
+    "test_package",
+    "test_resume",
+    "test_plan",
+    "test_demo",
+    "test_grading_resume",
+    "test_distributed",
+    "test_evaluate",
+    "test_data",
+    "test_train",
+]
 
 
 def pytest_collection_modifyitems(items):

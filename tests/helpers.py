@@ -34,7 +34,9 @@ def fill(model, seed=1, std=0.3, adapter=""):
         torch.manual_seed(seed)
         for name, p in model.named_parameters():
             if "d2mora_" in name and name.endswith(adapter and f".{adapter}.weight"):
-                p.data.copy_(std * torch.randn(p.shape))  # drawn in float32: other types draw other numbers in some releases
+                p.data.copy_(
+                    std * torch.randn(p.shape)
+                )  # drawn in float32: other types draw other numbers in some releases
     return model
 
 
@@ -59,7 +61,10 @@ def adapted_stories(shared, **fields):
 
 def loop(layer, x):
     "The update of a layer in float64, token by token and expert by expert; of a pairing that is new here, by its own function."
-    config, part = layer.adapter_config["default"], lambda name: getattr(layer, f"d2mora_{name}")["default"].stack().detach().double()
+    config, part = (
+        layer.adapter_config["default"],
+        lambda name: getattr(layer, f"d2mora_{name}")["default"].stack().detach().double(),
+    )
     A, B = part("A"), part("B")
     weigh = lambda side, v: (part(f"router_{side}") @ v).softmax(0)
 
@@ -73,7 +78,9 @@ def loop(layer, x):
             z = sum(w * h for w, h in zip(weigh("down", v), down))
             e = [w * z for w in weigh("up", z)]
         else:
-            e = PAIRINGS[config.pairing](lambda v: torch.stack([a @ v for a in A]), partial(weigh, "down"), partial(weigh, "up"), v)
+            e = PAIRINGS[config.pairing](
+                lambda v: torch.stack([a @ v for a in A]), partial(weigh, "down"), partial(weigh, "up"), v
+            )
         return sum(b.T @ e_j for b, e_j in zip(B, e))
 
     out = torch.stack([token(v) for v in x.double().reshape(-1, x.shape[-1])])
