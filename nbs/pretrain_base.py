@@ -1,4 +1,4 @@
-"""Pre-train the small LLaMA that knows the toy world (`make base`): documents, tokenizer, training, gates.
+"""Pre-train the small LLaMA that knows the toy world (`python nbs/pretrain_base.py`): documents, tokenizer, training, gates.
 
     python nbs/pretrain_base.py                        # d2mora/assets/toy-base, from its seed; run again to resume
     python nbs/pretrain_base.py --output /tmp/other --seed 1 --no-guesses --steps-scale 0.5 --size 16
