@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test nbmake: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
-.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz bad-input compatibility real-study smollm2 gpu
+.PHONY: help types install test roundtrip nbmake lab lab-check notebooks docs readme dist drawings demo base bench chaos leaks determinism fuzz compatibility real-study smollm2 gpu
 
 help:                                        ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -74,11 +74,8 @@ determinism: install                         ## the same command twice, and by t
 base: install                                ## make the embedded toy base again from its seed (10 to 20 minutes)
 	$(BIN)/python nbs/pretrain_base.py
 
-fuzz: install                                ## 5,200 generated cases, good and bad: benchmarks/results/fuzz.json (about 10 minutes)
-	D2MORA_FUZZ=benchmarks/results/fuzz.json OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py
-
-bad-input: install                           ## the catalogue's answers, kept for the site: benchmarks/results/bad_input.json
-	D2MORA_RECORD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_bad_input.py
+fuzz: install                                ## thousands of generated cases, good and damaged (about 5 minutes)
+	D2MORA_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 compatibility: install                       ## the tests with the lowest and the newest versions: benchmarks/results/compatibility.json
 	$(BIN)/python scripts/compatibility.py lowest && $(BIN)/python scripts/compatibility.py newest

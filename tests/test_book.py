@@ -161,12 +161,10 @@ def small_book(tmp_path):
     for name in ("lora", "routers"): shutil.copy(ROOT / "d2mora" / f"{name}.py", tmp_path / "d2mora")
     for name in ("settings.ini", "pyproject.toml", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff"): shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "nbs" / "images", tmp_path / "nbs" / "images")
-    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    shutil.copy(ROOT / "benchmarks" / "results" / "bad_input.json", tmp_path / "benchmarks" / "results")
     names = ["index.ipynb", "01_lora.ipynb", "04_routers.ipynb", "glossary.ipynb"]
     for name in names: shutil.copy(ROOT / "nbs" / name, tmp_path / "nbs")
     project = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-    project["website"]["sidebar"][0]["contents"] = [*names, "changelog.qmd", "contributing.qmd", "security.qmd", "citing.qmd", "bad_input.qmd"]
+    project["website"]["sidebar"][0]["contents"] = [*names, "changelog.qmd", "contributing.qmd", "security.qmd", "citing.qmd"]
     for path in (tmp_path / "_quarto.yml", tmp_path / "nbs" / "_quarto.yml"): path.write_text(yaml.safe_dump(project))
     return tmp_path
 
