@@ -32,7 +32,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 from .checkpoints import methods
 from .data import DataConfig, check_tokenizer, data_path, home
 from .toy import toy_base
-from .utils import UNTRUSTED, check_index, check_words, checked_download, first_line, nearest, read_yaml
+from .utils import UNTRUSTED, check_words, first_line, nearest, read_yaml
 
 # %% ../nbs/g_recipes.ipynb #84c7b6a3
 @dataclass
@@ -304,10 +304,8 @@ def load_base(
     "Load a base and its tokenizer, or say in one line why not."
     folder = base_folder(base)
     try:
-        check_index(Path(folder))
-        with checked_download(folder):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **UNTRUSTED)
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **UNTRUSTED)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **UNTRUSTED)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **UNTRUSTED)
     except Exception as error:
         raise ValueError(f"base '{base}' cannot be loaded: {first_line(error)}; {base_advice(error)}") from error
     check_tokenizer(tokenizer, embeddings(model))

@@ -153,7 +153,7 @@ def write_pages(proc: Path,    # folder of processed pages
                 modules: dict,  # notebook -> module, reading order
                 ) -> list:     # names of the pages written
     "The reference and the texts of the repository."
-    import api, catalogue
+    import api
     from nbdev.doclinks import NbdevLookup
     paths = [ROOT / "d2mora" / f"{m}.py" for m in modules.values()]
     made = {"api.qmd": api.overview(paths, ROOT / "d2mora" / "__init__.py")}
@@ -162,7 +162,7 @@ def write_pages(proc: Path,    # folder of processed pages
     made["changelog.qmd"] = repository_page("CHANGELOG.md", "What changed, version by version.")
     made["security.qmd"] = repository_page("SECURITY.md", "What is promised about hostile files and faults, by which test, and what is not.")
     made["contributing.qmd"] = repository_page("CONTRIBUTING.md", "How the book and the package are made.")
-    made |= {"citing.qmd": citation_page(), "404.qmd": lost_page(), "bad_input.qmd": catalogue.page(ROOT / "benchmarks" / "results" / "bad_input.json")}
+    made |= {"citing.qmd": citation_page(), "404.qmd": lost_page()}
     for name, text in made.items(): (proc / name).write_text(text, encoding="utf-8")
     return list(made)
 

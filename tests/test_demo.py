@@ -1,4 +1,4 @@
-"""The whole run, short: what `d2mora demo` leaves behind, and a user's mistakes on the way."""
+"""`d2mora demo`: what it leaves behind, into which folder it goes, and how it goes on after a kill."""
 
 import json
 import os
@@ -15,7 +15,13 @@ from d2mora.cli import main
 from d2mora.compare import run
 from d2mora.recipe import load_recipe
 
-SHORT = {"training.max_steps": 2, "training.warmup_steps": 0, "training.disable_tqdm": True, "data.tasks": ["piqa"]}
+SHORT = {
+    "training.max_steps": 2,
+    "training.warmup_steps": 0,
+    "training.disable_tqdm": True,
+    "data.tasks": ["piqa"],
+}
+WORDS = ["demo", *(f"{key}={json.dumps(value)}" for key, value in SHORT.items())]
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +33,10 @@ def demo(tmp_path_factory):
     return folder / "runs" / "demo", done
 
 
-def test_demo_leaves_everything(demo):
+def test_it_leaves_adapter_log_grades_report_and_pictures(demo):
     folder, _ = demo
-    for name in ("recipe.yaml", "adapter/adapter_config.json", "metrics.jsonl", "evaluation-choice.json", "before.json", "report.md"):
-        assert (folder / name).is_file(), name
+    names = ["recipe.yaml", "adapter/adapter_config.json", "metrics.jsonl", "evaluation-choice.json", "before.json"]
+    assert [name for name in names if not (folder / name).is_file()] == []
     report = (folder / "report.md").read_text()
     for name in ("loss", "routers", "accuracy"):
         assert f"plots/{name}.png" in report
@@ -40,84 +46,72 @@ def test_demo_leaves_everything(demo):
         assert path.with_suffix(".svg").is_file() and len(Image.open(path).text["Description"]) > 60, path.name
 
 
-def test_demo_grades_before_and_after(demo):
+def test_it_grades_before_and_after(demo):
     folder, done = demo
-    before, after = (json.loads((folder / name).read_text())["tasks"] for name in ("before.json", "evaluation-choice.json"))
+    before, after = (
+        json.loads((folder / name).read_text())["tasks"] for name in ("before.json", "evaluation-choice.json")
+    )
     assert list(before) == list(after) and all(t["n"] == 200 for t in (before | after).values())
     for task, t in after.items():
         assert f"{100 * t['accuracy']:.1f}" in done.stdout and task in done.stdout
     assert "report.md" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_second_demo_takes_the_next_folder(demo, monkeypatch):
+def test_a_second_demo_takes_the_next_folder(demo, monkeypatch):
     monkeypatch.chdir(demo[0].parents[1])
     taken = []
     monkeypatch.setattr(d2mora.compare, "run", lambda recipe, folder, resume: taken.append(str(folder)) or "")
     assert main(["demo"]) == 0 and taken == [os.path.join("runs", "demo-2")]
 
 
-@pytest.mark.parametrize("words, parts", [
-    (["train", "demo", "data.path=toy-hrad", "--output", "run"], ["toy-hard"]),
-    (["train", "demo", "data.tasks=[boolq,piqua]", "--output", "run"], ["piqua", "piqa"]),
-    (["demo", "training.max_steps=0"], ["max_steps"]),
-])
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, parts):
-    monkeypatch.chdir(tmp_path)
-    status, (out, err) = main(words), capsys.readouterr()
-    assert status == 2 and len(err.splitlines()) == 1 and not out, err
-    assert all(part in err for part in parts)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_without_experts_has_no_router_picture(tmp_path):
     recipe = load_recipe("demo", SHORT)
     recipe.adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
-    text = run(recipe, tmp_path / "lora")
-    assert "loss.png" in text and not (tmp_path / "lora" / "plots" / "routers.png").exists()
-
-
-def test_an_occupied_folder_is_refused(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("x")
-    with pytest.raises(ValueError, match="already holds"):
-        run(load_recipe("demo", SHORT), tmp_path)
-
-
-# ---- a demo that was killed ----
-def two_lines(folder):
-    return (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").read_text().count("\n") >= 2
+    assert "loss.png" in run(recipe, tmp_path / "lora") and not (tmp_path / "lora" / "plots" / "routers.png").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_demo_goes_on_to_the_end_as_it_says(number, tmp_path):
-    started, folder, until = Program("demo", "training.max_steps=40", "training.logging_steps=1", "data.tasks=[piqa]", cwd=tmp_path), tmp_path / "runs" / "demo", time.monotonic() + 200
-    while not two_lines(folder) and started.poll() is None and time.monotonic() < until: time.sleep(0.01)
+    words = ["demo", "training.max_steps=40", "training.logging_steps=1", "data.tasks=[piqa]"]
+    folder, until, started = tmp_path / "runs" / "demo", time.monotonic() + 200, Program(*words, cwd=tmp_path)
+    log, stopped = folder / "metrics.jsonl", number == signal.SIGTERM
+    while (
+        not (log.is_file() and log.read_text().count("\n") >= 2) and started.poll() is None and time.monotonic() < until
+    ):
+        time.sleep(0.01)
     started.send_signal(number)
     _, said = started.communicate()
-    again = ["demo", "training.max_steps=40", "training.logging_steps=1", "data.tasks=[piqa]", "--resume"]
-    assert started.returncode == (0 if number == signal.SIGTERM else -number) and not (folder / "adapter").exists()
-    assert number == signal.SIGKILL or said.splitlines()[-1] == f"go on with: d2mora {shlex.join(again)}" and "is saved" in said, said
-    done = program(*(again if number == signal.SIGTERM else ["demo", "--resume"]), cwd=tmp_path)  # its words may be left out
-    assert done.returncode == 0 and "| piqa" in done.stdout and "go on from checkpoint" in done.stderr or number == signal.SIGKILL, done.stderr
-    assert all((folder / name).is_file() for name in ("evaluation-choice.json", "before.json", "report.md", "plots/accuracy.png")) and len(list(folder.parent.iterdir())) == 1
-    assert len(set(map(str.strip, (folder / "metrics.jsonl").read_text().splitlines()))) >= 40
+    assert started.returncode == (0 if stopped else -number) and not (folder / "adapter").exists()
+    if stopped:
+        assert said.splitlines()[-1] == f"go on with: d2mora {shlex.join(words)} --resume" and "is saved" in said
+    done = program(*(words if stopped else ["demo"]), "--resume", cwd=tmp_path)  # its words may be left out
+    assert done.returncode == 0 and "| piqa" in done.stdout and (not stopped or "go on from checkpoint" in done.stderr)
+    made = ("evaluation-choice.json", "before.json", "report.md", "plots/accuracy.png")
+    assert [name for name in made if not (folder / name).is_file()] == [] and len(list(folder.parent.iterdir())) == 1
+    assert len({line.strip() for line in log.read_text().splitlines()}) >= 40
 
 
 def test_a_demo_that_was_stopped_while_grading_goes_on(tmp_path, monkeypatch, capsys):
-    def stopped(*_, **__): raise KeyboardInterrupt
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    words = ["demo", *(f"{key}={json.dumps(value)}" for key, value in SHORT.items())]
     with monkeypatch.context() as patch:
         patch.setattr(d2mora.compare, "evaluate", stopped)
-        assert main(words) == 1 and capsys.readouterr().err.splitlines()[-1] == f"go on with: d2mora {shlex.join([*words, '--resume'])}"
+        assert main(WORDS) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"go on with: d2mora {shlex.join(WORDS)} --resume"
     assert main(["demo", "--resume", "training.seed=7"]) == 2 and "another recipe" in capsys.readouterr().err
-    assert main(["demo", "--resume"]) == 0 and "| piqa" in capsys.readouterr().out and (tmp_path / "runs/demo/before.json").is_file()
-    monkeypatch.setattr(d2mora.compare, "run", lambda *_, **__: "")
-    assert main(words) == 0 and "unfinished" not in capsys.readouterr().err
-    (tmp_path / "runs/demo/before.json").unlink()
-    assert main(words) == 0 and "runs/demo is unfinished (d2mora demo --resume goes on with it); a new demo begins in runs/demo-2" in capsys.readouterr().err
+    assert main(["demo", "--resume"]) == 0 and "| piqa" in capsys.readouterr().out
+    assert (tmp_path / "runs/demo/before.json").is_file()
 
 
-def test_no_demo_to_go_on_with(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_new_demo_says_that_the_last_one_is_unfinished(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["demo", "--resume"]) == 2 and "no demo" in capsys.readouterr().err
+    monkeypatch.setattr(d2mora.compare, "run", lambda *_, **__: "")
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    if finished:
+        (tmp_path / "runs/demo/before.json").write_text("{}")
+    assert main(["demo"]) == 0
+    said = "runs/demo is unfinished (d2mora demo --resume goes on with it); a new demo begins in runs/demo-2"
+    assert (said in capsys.readouterr().err) == (not finished)
