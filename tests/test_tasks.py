@@ -17,7 +17,6 @@ from d2mora.tasks import (
     row_answers,
     training_prompt,
 )
-from d2mora.toy import toy_rows
 
 LISTED = "Please choose the correct answer to the question: Why?\n\nAnswer1: a Answer2: b Answer format: {}"
 
@@ -93,15 +92,6 @@ def test_a_row_offers_its_own_options(listed, task, words):
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.mark.parametrize("style", ["plain", "official"])
-def test_toy_rows_pass_through_the_same_code(style):
-    for task in TASKS:
-        row = toy_rows("toy", task, "test", 4)[0]
-        assert set(row) == {"instruction", "input", "output", "answer"}
-        assert parse_answer("".join(training_prompt(row, style)), task) in TASKS[task].answers
-        assert parse_answer(row["output"], task) == row["answer"] in row_answers(row, task)
 
 
 def test_evaluating_leaves_every_module_in_its_mode():

@@ -51,18 +51,14 @@ def test_no_tested_fact_is_asked_in_training():
 
 
 def holds(q, option):
-    "Whether an option is true, read from the text: a thing's value (or its partner's) stands in the question or is the option."
-    (relation,), words = {r for _, r in q.facts} - {"partner"}, re.findall(r"\w+", q.text)
-    thing = next((x for x in words if (x, relation) in WORLD.facts), option)
-    end = WORLD.facts[thing, "partner"] if "partner" in words else thing
-    form = TOY_TASKS[q.task][0]
-    shown = option if form == "value" else WORLD.facts[end, relation]
-    if form == "claim":
-        return (WORLD.facts[end, relation] in words) == (option == "true")
+    "Whether an option is true, read from the question's text and the facts."
+    (relation,) = {r for _, r in q.facts} - {"partner"}
+    words, form = re.findall(r"\w+", q.text), TOY_TASKS[q.task][0]
+    thing = option if form in ("which", "blank") else next(x for x in words if (x, relation) in WORLD.facts)
+    value = WORLD.facts[WORLD.facts[thing, "partner"] if "partner" in words else thing, relation]
     if form == "value":
-        return WORLD.facts[end, relation] == shown
-    end = WORLD.facts[option, "partner"] if "partner" in words else option
-    return WORLD.facts[end, relation] in words
+        return value == option
+    return (value in words) == (option != "false")
 
 
 @pytest.mark.parametrize("world, task", list(product(TOY_WORLDS, TASKS)))
