@@ -31,8 +31,7 @@ def timed(work):
 def measure(shared):
     from transformers import AutoTokenizer
 
-    from d2mora.data import encode_rows
-    from d2mora.data import DataConfig, read_rows, survey
+    from d2mora.data import DataConfig, encode_rows, read_rows, survey
 
     tokenizer, names, path = AutoTokenizer.from_pretrained(shared / "tokenizers/mistral-v1"), TASKS.split(","), str(shared / "data")
     config, load = DataConfig(path=path, tasks=names, prompt="official", cutoff=512), os.getloadavg()[0]

@@ -1,4 +1,4 @@
-"""A path is a path, whatever characters it has; and data that lie here need no cache."""
+"""A path is a path, whatever characters it has; and data on this machine need no cache."""
 
 import json
 import os
@@ -6,84 +6,102 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import pytest
+from transformers import AutoTokenizer
 
 from d2mora.cli import main
-from d2mora.data import DataConfig, data_path, read_rows
+from d2mora.data import DataConfig, data_path, encode_rows, read_rows, survey
 from d2mora.evaluate import test_rows as rows_to_grade
 from d2mora.recipe import load_recipe
 from d2mora.toy import toy_base, toy_rows
 
-SMALL = ["data.tasks=[boolq]", "training.max_steps=1", "training.warmup_steps=0", "training.disable_tqdm=true", "training.per_device_train_batch_size=4"]
-NAMES = ["v?", "run[1]", "v*", "{a,b}", "v**", "~", "~nobody", "two words", "a #b", "a: b", "50%", "%20", "x::y", "hf:", "toy-", "-", "null", "[1]", "é", "a'b\"c", "&x", "!x", "$HOME", "\\"]
+SMALL = ["data.tasks=[boolq]", "training.max_steps=1", "training.warmup_steps=0", "training.disable_tqdm=true"]
+SMALL += ["training.per_device_train_batch_size=4"]
+NAMES = "v? run[1] v* {a,b} v** ~ ~nobody 50% %20 x::y hf: toy- - null [1] é a'b\"c &x !x $HOME \\".split()
+NAMES += ["two words", "a #b", "a: b"]
 
 
-def dataset(folder, rows=32):
+def data_folder(folder, rows=32):
     "A folder of one task."
     (folder / "boolq").mkdir(parents=True)
-    for split in ("train", "test"): (folder / f"boolq/{split}.json").write_text(json.dumps(toy_rows("toy", "boolq", split, rows)))
+    for split in ("train", "test"):
+        (folder / f"boolq/{split}.json").write_text(json.dumps(toy_rows("toy", "boolq", split, rows)))
     return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_of_any_name_is_read_and_nothing_beside_it(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for beside in ("v1", "v2", "run1", "a", "b", "HOME"): dataset(tmp_path / beside, 16)
-    dataset(tmp_path / name)
+    for beside in ("v1", "v2", "run1", "a", "b", "HOME"):
+        data_folder(tmp_path / beside, 16)
+    data_folder(tmp_path / name)
     for path in (name, str(tmp_path / name)):
         assert load_recipe("demo", [f"data.path={path}"]).data.path == str(tmp_path / name)
-        assert len(read_rows(data_path(DataConfig(path=path)), ["boolq"])) == 32 == len(rows_to_grade(data_path(DataConfig(path=path)), None, None)["boolq"])
+        path = data_path(DataConfig(path=path))
+        assert len(read_rows(path, ["boolq"])) == 32 == len(rows_to_grade(path, None, None)["boolq"])
 
 
 def test_a_run_may_have_such_names_throughout(tmp_path):
     "Base, data, run and export: trained, graded and exported."
     data, base, run, out = (tmp_path / f"{what}? run[1] #b::%20" for what in ("data", "base", "run", "out"))
-    dataset(data), shutil.copytree(toy_base(), base)
-    assert main(["train", "demo", f"base={base}", f"data.path={data}", *SMALL, "training.save_strategy=steps", "training.save_steps=1", "--output", str(run)]) == 0
-    assert main(["evaluate", str(run), "--limit", "4"]) == 0 and json.loads((run / "evaluation-choice.json").read_text())["tasks"]["boolq"]["n"] == 4
+    data_folder(data)
+    shutil.copytree(toy_base(), base)
+    saved = ["training.save_strategy=steps", "training.save_steps=1"]
+    assert main(["train", "demo", f"base={base}", f"data.path={data}", *SMALL, *saved, "--output", str(run)]) == 0
+    assert main(["evaluate", str(run), "--limit", "4"]) == 0
+    assert json.loads((run / "evaluation-choice.json").read_text())["tasks"]["boolq"]["n"] == 4
     assert main(["export", str(run), str(out), "--rows", "4", "--limit", "4", "--merge"]) == 0
     assert main(["evaluate", str(out), "--data", str(data), "--limit", "4"]) == 0
 
 
 def test_a_tilde_is_the_home_folder_unless_there_is_such_a_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(dataset(tmp_path / "home/data").parent)), monkeypatch.chdir(tmp_path)
-    for path in (data_path(DataConfig(path="~/data")), load_recipe("demo", ["data.path=~/data"]).data.path): assert path == str(tmp_path / "home/data")
+    monkeypatch.setenv("HOME", str(data_folder(tmp_path / "home/data").parent))
+    monkeypatch.chdir(tmp_path)
+    for path in (data_path(DataConfig(path="~/data")), load_recipe("demo", ["data.path=~/data"]).data.path):
+        assert path == str(tmp_path / "home/data")
     monkeypatch.setenv("D2MORA_DATA", "~/data")
     assert data_path(DataConfig()) == str(tmp_path / "home/data")
-    dataset(tmp_path / "~/data", 8)
+    data_folder(tmp_path / "~/data", 8)
     assert len(read_rows(load_recipe("demo", ["data.path=~/data"]).data.path, ["boolq"])) == 8
+    monkeypatch.delenv("D2MORA_DATA")
+    with pytest.raises(ValueError, match="D2MORA_DATA"):
+        data_path(DataConfig())
 
 
 def test_other_files_in_a_tasks_folder_are_left_alone(tmp_path):
-    from d2mora.data import survey
-
-    folder = dataset(tmp_path / "data")
-    (folder / "boolq/test.json").rename(folder / "boolq/test.json.old"), (folder / "boolq/test.jsonl").write_text("")
+    folder = data_folder(tmp_path / "data")
+    (folder / "boolq/test.json").rename(folder / "boolq/test.json.old")
+    (folder / "boolq/test.jsonl").write_text("")
     assert survey(read_rows(str(folder), ["boolq"]), str(folder))["boolq"]["in_test"] == 0
 
 
 def test_local_data_need_no_cache(tmp_path):
-    "Where nothing can be written to HF_HOME: a run, a grading and an export, in a process that begins so, as libraries ask for it on import."
+    "Where HF_HOME cannot be written to: a run and a grading, in a process of its own, as libraries read it on import."
     (tmp_path / "file").write_text("")
-    data, run = dataset(tmp_path / "data"), tmp_path / "run"
-    commands = [["train", "demo", f"data.path={data}", *SMALL, "data.validation_rows=4", "--output", run], ["evaluate", run, "--limit", "4"]]
-    code = f"from d2mora.cli import main\nfor words in {[list(map(str, words)) for words in commands]}: assert main(words) == 0"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "file/hf"), "HF_HUB_OFFLINE": "1"}, cwd=tmp_path, timeout=300)
+    data, run = data_folder(tmp_path / "data"), tmp_path / "run"
+    train = ["train", "demo", f"data.path={data}", *SMALL, "data.validation_rows=4", "--output", str(run)]
+    code = "from d2mora.cli import main\nassert main({}) == 0 == main({})"
+    code = code.format(train, ["evaluate", str(run), "--limit", "4"])
+    env = os.environ | {"HF_HOME": str(tmp_path / "file/hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("broken", ["unwritable", "full", "damaged"])
-def test_tokens_go_into_memory_where_the_cache_fails(broken, tmp_path, monkeypatch):
-    import datasets
-    from transformers import AutoTokenizer
-
-    from d2mora.data import encode_rows
-
-    tokenizer, rows, config = AutoTokenizer.from_pretrained(toy_base()), read_rows(str(dataset(tmp_path / "data")), ["boolq"]), DataConfig(validation_rows=4)
+def test_tokens_stay_in_memory_where_the_cache_fails(broken, tmp_path, monkeypatch):
+    tokenizer, config = AutoTokenizer.from_pretrained(toy_base()), DataConfig(validation_rows=4)
+    rows = read_rows(str(data_folder(tmp_path / "data")), ["boolq"])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     expected = encode_rows(rows, config, tokenizer)["input_ids"][:]
-    kept = next((tmp_path / "cache/d2mora").iterdir())
-    if broken == "damaged": kept.write_bytes(kept.read_bytes()[:100])
-    if broken == "unwritable": monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere")
-    if broken == "full": kept.unlink(), kept.mkdir(), (kept / "x").touch()
+    stored = next((tmp_path / "cache/d2mora").iterdir())
+    if broken == "damaged":
+        stored.write_bytes(stored.read_bytes()[:100])
+    if broken == "unwritable":
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere")
+    if broken == "full":
+        stored.unlink()
+        (stored / "x").mkdir(parents=True)
     assert encode_rows(rows, config, tokenizer)["input_ids"][:] == expected
