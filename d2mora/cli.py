@@ -106,13 +106,13 @@ def train(recipe, overrides, output, resume, dry_run, tokenizer, gpus):
     if dry_run: return print_plan(recipe, overrides, output, resume, tokenizer, gpus)
     if tokenizer or gpus: raise click.UsageError("--tokenizer and --gpu belong to --dry-run: add it, or leave them out")
     if not output: raise click.UsageError("--output is missing: name the run folder to make, or add --dry-run")
-    from d2mora.analysis import Watch
+    from d2mora.analysis import Monitor
     from d2mora.analysis import draw
     from d2mora.evaluate import loss_table, report, write_text
     from d2mora.utils import main_process
     from d2mora.train import validation_losses
     from d2mora.train import load_recipe, train
-    run = train(load_recipe(recipe, overrides), output, [Watch()], resume=resume)
+    run = train(load_recipe(recipe, overrides), output, [Monitor()], resume=resume)
     if not main_process(): return
     draw(run)
     write_text(run/"report.md", report(run))
