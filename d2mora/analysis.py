@@ -175,7 +175,7 @@ def _similarity_lines(ax, found, kind, side, measure, colors):
         ax.axhline(random[0], color=colors["text"], ls=":", lw=1)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-# %% ../nbs/13_analysis.ipynb #a29ccf91
+# %% ../nbs/13_analysis.ipynb #f164c56a
 def most_similar(
     found: list[dict],  # from `layer_similarity`, with two experts on this side
     side: str,  # down (A's) or up (B's)
@@ -188,7 +188,7 @@ def most_similar(
 
 
 def _table(ax, values, look, form, rows, columns, title):
-    heat(ax, values, *look, form=form.format if form else None)
+    heat(ax, np.asarray(values), *look, form=form.format if form else None)
     ax.set(title=title, xticks=range(len(columns)), yticks=range(len(rows)))
     ax.set_xticklabels(columns)
     ax.set_yticklabels(rows)
@@ -292,7 +292,7 @@ def routing_by_task(
 def _routed_sides(routing):
     return [side for side in SIDES if any(side in own and own[side].shape[-1] > 1 for own in routing.values())]
 
-# %% ../nbs/13_analysis.ipynb #34e27058
+# %% ../nbs/13_analysis.ipynb #e3386c80
 def draw_routers(
     routing: dict[str, dict[str, Tensor]],  # from `routing_by_task`
     tasks: list[str],  # names of its rows
@@ -306,11 +306,11 @@ def draw_routers(
             spread = {layer: 100 * task_spread(own[side]) for layer, own in layers.items()}
             layer = max(spread, key=spread.__getitem__)
             percent = 100 * layers[layer][side]
-            shade, names = (MAPS[side], max(30, percent.max().item())), expert_names(side, percent.shape[1])
+            shade, names = (MAPS[side], percent.max().item()), expert_names(side, percent.shape[1])
             _table(axes[0, k], percent, shade, "{:.0f}", tasks, names, f"{SIDES[side]}'s of {_label(layer)} (%)")
             look = {"color": colors[side], "marker": "os"[k], "label": f"{SIDES[side]}'s"}
             axes[1, 0].plot([*spread.values()], **look)
-            axes[1, 1].plot([own[f"effective_{side}"].mean() for own in layers.values()], **look)
+            axes[1, 1].plot([own[f"effective_{side}"].mean().item() for own in layers.values()], **look)
         if len(sides) == 1:
             axes[0, 1].set_axis_off()
         axes[1, 0].set(title="weight that depends on the task (%)", xlabel="adapted layer", ylim=(0, None))

@@ -97,9 +97,7 @@ def given(model, texts):
     with watch_layers(model, see):
         for text in texts:
             model(torch.tensor([text]), use_cache=False)
-    return {
-        name: {side: torch.cat(own) for side, own in sides.items()} for name, sides in found.items() if len(sides["up"])
-    }
+    return {name: {side: torch.cat(own) for side, own in sides.items()} for name, sides in found.items()}
 
 
 def by_value(w):
@@ -183,6 +181,14 @@ def test_similarity_equals_loops_and_finds_a_planted_copy():
         cosines = [abs((a * b).sum() / a.norm() / b.norm()) for i, a in enumerate(B) for b in B[i + 1 :]]
         pairs.append(sum(cosines) / len(cosines))
     assert abs(analysis.mean_similarity(found, "up") - sum(pairs) / len(pairs)) < 1e-5
+    with pytest.raises(ValueError, match="did you mean 'q_proj'"):
+        analysis.mean_similarity(found, "up", ["q_prj"])
+
+
+def test_a_single_a_has_no_similarity_and_half_precision_has():
+    found = analysis.layer_similarity(adapted(pairing="one-to-many").to(torch.bfloat16))
+    assert analysis.mean_similarity(found, "up", ["q_proj"]) > 0
+    assert analysis.similarity_by_block(found, "q_proj", "down") == []
 
 
 def test_overlap_sees_another_basis_of_the_same_subspace():
@@ -190,26 +196,10 @@ def test_overlap_sees_another_basis_of_the_same_subspace():
     both = torch.stack([P, torch.linalg.qr(torch.randn(4, 4)).Q @ P, torch.zeros(4, 64)])
     overlap = analysis.subspace_overlap(both)
     assert abs(overlap[0, 1] - 1) < 1e-4 and overlap[0, 2] == 0 == overlap[2, 2]
-    assert analysis.pairwise_cosine(both)[0, 1].abs() < 0.9
-
-
-def test_similarity_in_half_precision_and_of_a_single_a():
-    found = analysis.layer_similarity(adapted(pairing="one-to-many").to(torch.bfloat16))
-    assert analysis.mean_similarity(found, "up", ["q_proj"]) > 0
-    assert analysis.similarity_by_block(found, "q_proj", "down") == []
-    with pytest.raises(ValueError, match="did you mean 'q_proj'"):
-        analysis.mean_similarity(found, "up", ["q_prj"])
-
-
-def test_models_are_drawn_side_by_side_and_lora_is_left_out():
-    lora = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    figure = analysis.draw_similarity({"a": adapted(), "b": adapted(pairing="one-to-many"), "LoRA": lora})
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    assert analysis.draw_similarity({"LoRA": lora}) is None
 
 
 # ---- routing ----
-def test_routing_numbers_equal_loops(toy):
+def test_routing_numbers_equal_loops():
     weights = next(iter(analysis.token_weights(adapted(), TEXTS).values()))
     down, up = weights["down"], weights["up"]
     joint = sum(torch.outer(a, b) for a, b in zip(down, up)) / len(down)
@@ -218,23 +208,6 @@ def test_routing_numbers_equal_loops(toy):
     torch.testing.assert_close(analysis.effective_number(up), torch.stack(entropy).exp())
     independent = torch.outer(down.mean(0), up.mean(0))
     torch.testing.assert_close(analysis.coactivation_ratio(independent), torch.ones(3, 8))
-
-
-def test_zeroed_routers_give_equal_weights(toy):
-    model = adapted()
-    with torch.no_grad():
-        for R in matrices(model, "router_up"):
-            R.zero_()
-    for own in analysis.token_weights(model, TEXTS).values():
-        torch.testing.assert_close(own["up"], torch.full_like(own["up"], 1 / 8))
-        torch.testing.assert_close(analysis.effective_number(own["up"]), torch.full((len(own["up"]),), 8.0))
-
-
-def test_the_page_of_a_text_cannot_be_broken_by_its_tokens():
-    found = {"tokens": ["</script><b>", "“x”"], "layers": {"block 0 q_proj": {"down": [[90, 10], [5, 95]]}}}
-    page = analysis.router_page(found | {"shown": "block 0 q_proj"})
-    assert page.count("</script>") == 1 and "http" not in page and "/*MAP*/" not in page
-    assert json.loads(page.split("const map = ")[1].split(";\n")[0])["tokens"] == found["tokens"]
 
 
 # ---- ablations ----
@@ -294,44 +267,28 @@ def test_an_ablation_that_fails_leaves_no_trace():
         pass
 
 
-def test_paired_change_is_mcnemars_test():
-    assert analysis.paired_change([True] * 8, [False] * 8) == {"change": -100.0, "p": 2 / 2**8, "n": 8}
-    assert analysis.paired_change([True, False], [False, True]) == {"change": 0.0, "p": 1.0, "n": 2}
-    assert analysis.paired_change([True], [True])["p"] == 1
-
-
 # ---- the pictures of a run ----
-def pictures_of(model, tokenizer, rows):
-    found = analysis.layer_similarity(model)
+SINGLE = [("one-to-many", 1, 3), ("many-to-many", 3, 1), ("many-to-many", 1, 1), ("one-to-one", 1, 1), ("LoRA", 1, 1)]
+
+
+@pytest.mark.filterwarnings("error:Mean of empty slice", "error:invalid value")
+@pytest.mark.parametrize("pairing, M, N", SINGLE)
+def test_pictures_of_single_experts(pairing, M, N, toy):
+    config = peft.LoraConfig(r=2, target_modules="all-linear")
+    if pairing != "LoRA":
+        config = our_config(pairing, num_down_experts=M, num_up_experts=N, target_modules="all-linear")
+    model = fill(peft.get_peft_model(load_base("toy")[0], config), std=0.05).eval()
+    (tokenizer, rows), found = toy, analysis.layer_similarity(model)
     routing = analysis.routing_by_task(model, tokenizer, rows)
     ablated = analysis.ablate(model, tokenizer, rows, analysis.task_means(routing, list(rows)))
-    return {
+    figures = {
         "similarity": analysis.draw_similarity({"a": found, "b": found}),
         "heatmaps": analysis.draw_heatmap(found),
         "routers": analysis.draw_routers(routing, list(rows)),
         "coactivation": analysis.draw_coactivation(routing),
         "ablations": analysis.draw_ablations(ablated),
     }
-
-
-@pytest.mark.filterwarnings("error:Mean of empty slice", "error:invalid value")
-@pytest.mark.parametrize(
-    "pairing, M, N",
-    [
-        ("one-to-many", 1, 3),
-        ("many-to-many", 1, 3),
-        ("many-to-many", 3, 1),
-        ("many-to-many", 1, 1),
-        ("one-to-one", 1, 1),
-        ("LoRA", 1, 1),
-    ],
-)
-def test_pictures_of_single_experts(pairing, M, N, toy):
-    config = peft.LoraConfig(r=2, target_modules="all-linear")
-    if pairing != "LoRA":
-        config = our_config(pairing, num_down_experts=M, num_up_experts=N, target_modules="all-linear")
-    model = fill(peft.get_peft_model(load_base("toy")[0], config), std=0.05).eval()
-    drawn = {name for name, figure in pictures_of(model, *toy).items() if figure}
+    drawn = {name for name, figure in figures.items() if figure}
     several = {"similarity", "heatmaps", "routers"} if max(M, N) > 1 else set()
     assert drawn == several | ({"ablations"} if pairing != "LoRA" else set())
     assert (analysis.token_map(model, toy[0], "what color is it")["shown"] is not None) == (max(M, N) > 1)

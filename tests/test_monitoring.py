@@ -1,6 +1,7 @@
 """The monitoring callback finds planted faults, changes no result, and ends no run."""
 
 import shutil
+from functools import partial
 
 import peft
 import pytest
@@ -28,33 +29,32 @@ SHORT = {
 }
 
 
-def plant_duplicate(model):
+def duplicate(model):
     matrices(model)[4][7] = -2 * matrices(model)[4][0]
 
 
-def plant_collapse(model):
-    layer, seen = model.base_model.model.model.layers[1].self_attn.k_proj, []
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((0, 1))))
-    model(torch.tensor([TEXTS[0]]))
-    hook.remove()
-    layer.d2mora_router_down["default"].weight.zero_()[2] = 100 * seen[0] / seen[0].norm() ** 2
+def route(model, change):
+    layer = model.base_model.model.model.layers[1].self_attn.k_proj
+    layer.d2mora_router_down["default"].register_forward_hook(lambda router, args, weights: change(weights))
 
 
-def plant_zeros(model):
+def zero(model):
     for name, p in model.named_parameters():
         if "d2mora_A" in name or "d2mora_B" in name:
             p.zero_()
 
 
 PLANTED = [
-    (plant_duplicate, "duplicates", ["B1 = B8 in block 1 k_proj"]),
-    (plant_collapse, "collapsed", ["A3 in block 1 k_proj"]),
-    (plant_zeros, "vanished", ["grad_norm_A", "grad_norm_B", "grad_norm_routers"]),
+    (lambda model: None, {}),
+    (duplicate, {"duplicates": ["B1 = B8 in block 1 k_proj"]}),
+    (partial(route, change=lambda w: 0.01 * w + 0.99 * torch.eye(3)[2]), {"collapsed": ["A3 in block 1 k_proj"]}),
+    (partial(route, change=lambda w: w * torch.tensor([1, 1, 0.01])), {"dead": ["A3 in block 1 k_proj"]}),
+    (zero, {"vanished": ["grad_norm_A", "grad_norm_B", "grad_norm_routers"]}),
 ]
 
 
-@pytest.mark.parametrize("plant, kind, expected", PLANTED)
-def test_a_planted_fault_is_found_and_no_other(plant, kind, expected):
+@pytest.mark.parametrize("plant, expected", PLANTED)
+def test_a_planted_fault_is_found_and_no_other(plant, expected):
     model = fill(adapted(), std=0.05)
     with torch.no_grad():
         plant(model)
@@ -62,24 +62,11 @@ def test_a_planted_fault_is_found_and_no_other(plant, kind, expected):
     model(input_ids=ids, labels=ids).loss.backward()
     norms = {name: float(norm) for name, norm in analysis.gradient_norms(model).items()}
     found = analysis.find_faults(model, TEXTS, norms)
-    assert {kind: own for kind, own in found.items() if own} == {kind: expected}
+    assert {kind: own for kind, own in found.items() if own} == expected
 
 
-def test_gradient_norms_are_those_of_a_loop():
-    model, ids = adapted(), torch.tensor([TEXTS[0]])
-    model(input_ids=ids, labels=ids).loss.backward()
-    for part, key in (("A", "d2mora_A"), ("B", "d2mora_B"), ("routers", "d2mora_router")):
-        squares = sum(p.grad.square().sum() for name, p in model.named_parameters() if key in name)
-        torch.testing.assert_close(analysis.gradient_norms(model)[f"grad_norm_{part}"], squares.sqrt())
-
-
-def test_an_expert_without_weight_is_dead_and_a_fresh_adapter_is_healthy():
-    assert analysis._routing_faults("m.0.q_proj", {"up": torch.tensor([[0.6, 0.39, 0.01]])}) == {
-        "collapsed": [],
-        "dead": ["B3 in block 0 q_proj"],
-    }
-    fresh = peft.get_peft_model(tiny_llama(), our_config())
-    assert not any(analysis.find_faults(fresh, TEXTS).values())
+def test_a_fresh_adapter_is_healthy():
+    assert not any(analysis.find_faults(peft.get_peft_model(tiny_llama(), our_config()), TEXTS).values())
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +86,8 @@ def test_a_monitored_run_ends_with_the_same_weights_and_logs_more(monitored, tmp
     assert lines[-1]["alarms_duplicates"] > 0 and lines[-1]["alarms_collapsed"] == 0 == lines[-1]["alarms_vanished"]
     parts = sum(lines[-1][f"grad_norm_{part}"] ** 2 for part in ("A", "B", "routers"))
     assert parts**0.5 == pytest.approx(lines[-1]["grad_norm"], rel=1e-4)
-    added = ("grad_norm_", "alarms_")
-    assert [{k: v for k, v in line.items() if not k.startswith(added)} for line in read_metrics(run)] == read_metrics(
-        plain
-    )
+    added = lambda key: key.startswith(("grad_norm_", "alarms_"))
+    assert [{k: v for k, v in line.items() if not added(k)} for line in read_metrics(run)] == read_metrics(plain)
 
 
 def test_a_resumed_run_logs_the_same(monitored, tmp_path):
@@ -125,16 +110,9 @@ def test_a_lora_run_is_monitored_too(tmp_path):
 def trained(model, folder):
     "Three monitored steps of transformers' Trainer with a padded batch."
     data = Dataset.from_list([{"input_ids": text} for text in TEXTS])
-    args = transformers.TrainingArguments(
-        str(folder),
-        max_steps=3,
-        logging_steps=1,
-        per_device_train_batch_size=4,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        save_strategy="no",
-    )
+    quiet = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no")
+    steps = dict(max_steps=3, logging_steps=1, per_device_train_batch_size=4)
+    args = transformers.TrainingArguments(str(folder), **steps, **quiet)
 
     def collate(rows):
         ids, mask = padded([row["input_ids"] for row in rows], "right", "cpu")
@@ -155,17 +133,16 @@ def test_unusual_models_are_monitored(name, tmp_path, capsys):
 def test_a_fault_that_stays_is_reported_once(tmp_path, capsys):
     model = model_of("flattened")
     with torch.no_grad():
-        for B in matrices(model)[:1]:
-            B[1] = B[0]
+        matrices(model)[0][1] = matrices(model)[0][0]
     trained(model, tmp_path)
     told = [line for line in capsys.readouterr().err.splitlines() if "B1 = B2" in line]
     assert told == ["step 2: duplicates: B1 = B2 in block 0 q_proj"]
 
 
-@pytest.mark.parametrize(
-    "part, left",
-    [("find_faults", "grad_norm_A"), ("gradient_norms", "alarms_dead"), ("_sample_rows", "alarms_dead")],
-)
+FAILING = [("find_faults", "grad_norm_A"), ("gradient_norms", "alarms_dead"), ("_sample_rows", "alarms_dead")]
+
+
+@pytest.mark.parametrize("part, left", FAILING)
 def test_monitoring_that_fails_is_told_once_and_ends_no_run(part, left, tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise IndexError("The shape of the mask\n does not fit")
