@@ -128,7 +128,7 @@ def mean_similarity(
     values = [value for kind in kinds for _, value in similarity_by_block(found, kind, side, measure)]
     return float(np.mean(values)) if values else float("nan")
 
-# %% ../nbs/13_analysis.ipynb #1d5cbda8
+# %% ../nbs/13_analysis.ipynb #85131b53
 MEASURES = {"cosine": "mean |cosine|", "overlap": "subspace overlap"}
 LOOKS = (("text", "o", "-"), ("second", "s", "--"), ("first", "v", ":"), ("loss", "^", "-."))  # colour, marker, line
 
@@ -167,15 +167,15 @@ def draw_similarity(
 def _similarity_lines(ax, found, kind, side, measure, colors):
     for k, (name, own) in enumerate(found.items()):
         color, marker, style = METHOD_STYLES.get(name, LOOKS[k % len(LOOKS)])
-        points = similarity_by_block(own, kind, side, measure) or [(np.nan, np.nan)]
+        blocks = dict(similarity_by_block(own, kind, side, measure))
         look = {"color": colors[color if len(found) > 1 else side], "marker": marker, "ls": style}
-        ax.plot(*zip(*points), label=name, clip_on=False, **look)
+        ax.plot([*blocks], [*blocks.values()], label=name, clip_on=False, **look)
     if measure == "overlap":
         random = [f["random"] for own in found.values() for f in own if (f["kind"], f["side"]) == (kind, side)]
         ax.axhline(random[0], color=colors["text"], ls=":", lw=1)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-# %% ../nbs/13_analysis.ipynb #f164c56a
+# %% ../nbs/13_analysis.ipynb #892e8de0
 def most_similar(
     found: list[dict],  # from `layer_similarity`, with two experts on this side
     side: str,  # down (A's) or up (B's)
@@ -188,7 +188,7 @@ def most_similar(
 
 
 def _table(ax, values, look, form, rows, columns, title):
-    heat(ax, np.asarray(values), *look, form=form.format if form else None)
+    heat(ax, np.asarray(values), *look, form.format if form else None)
     ax.set(title=title, xticks=range(len(columns)), yticks=range(len(rows)))
     ax.set_xticklabels(columns)
     ax.set_yticklabels(rows)
@@ -208,7 +208,7 @@ def draw_heatmap(
             names = expert_names(side, len(entry["cosine"]))
             others = np.where(np.eye(len(names)), np.nan, entry["cosine"])
             form = "{:.2f}" if len(names) <= 8 else ""
-            _table(ax, others, (MAPS[side], max(0.1, np.nanmax(others))), form, names, names, _label(entry["layer"]))
+            _table(ax, others, (MAPS[side], max(0.1, np.nanmax(others)), 0), form, names, names, _label(entry["layer"]))
     title = "|cosine| of each pair of experts, in the layer with the most similar pair"
     return headline(figure, title, "Tables of A's by A's and B's by B's; the diagonal is left out")
 
@@ -292,7 +292,7 @@ def routing_by_task(
 def _routed_sides(routing):
     return [side for side in SIDES if any(side in own and own[side].shape[-1] > 1 for own in routing.values())]
 
-# %% ../nbs/13_analysis.ipynb #e3386c80
+# %% ../nbs/13_analysis.ipynb #c007c48f
 def draw_routers(
     routing: dict[str, dict[str, Tensor]],  # from `routing_by_task`
     tasks: list[str],  # names of its rows
@@ -306,7 +306,7 @@ def draw_routers(
             spread = {layer: 100 * task_spread(own[side]) for layer, own in layers.items()}
             layer = max(spread, key=spread.__getitem__)
             percent = 100 * layers[layer][side]
-            shade, names = (MAPS[side], percent.max().item()), expert_names(side, percent.shape[1])
+            shade, names = (MAPS[side], percent.max().item(), 0), expert_names(side, percent.shape[1])
             _table(axes[0, k], percent, shade, "{:.0f}", tasks, names, f"{SIDES[side]}'s of {_label(layer)} (%)")
             look = {"color": colors[side], "marker": "os"[k], "label": f"{SIDES[side]}'s"}
             axes[1, 0].plot([*spread.values()], **look)
@@ -319,7 +319,7 @@ def draw_routers(
     reading = f"Tables of tasks by experts; below, curves over all layers; tasks: {', '.join(tasks)}"
     return headline(figure, "Router weights by task, in the layers where tasks differ most", reading)
 
-# %% ../nbs/13_analysis.ipynb #e526b076
+# %% ../nbs/13_analysis.ipynb #d51f7d55
 def draw_coactivation(
     routing: dict[str, dict[str, Tensor]],  # from `routing_by_task`
 ):  # a matplotlib Figure; None unless both sides have routers with several experts
@@ -333,7 +333,7 @@ def draw_coactivation(
     names = expert_names("down", M), expert_names("up", N)
     with canvas(1, 2, 9, 1.4 + 0.3 * M) as (figure, (axes,), _):
         share = 100 * joint[layer]
-        _table(axes[0], share, (MAPS["router"], share.max().item()), "{:.1f}", *names, "share of all weight (%)")
+        _table(axes[0], share, (MAPS["router"], share.max().item(), 0), "{:.1f}", *names, "share of all weight (%)")
         shade = MAPS["change"], 1 + far, 1 - far
         _table(axes[1], ratio, shade, "{:.2f}", *names, "divided by that of independent routers")
     title = f"Co-activation of A's and B's in {_label(layer)}, the layer furthest from independent routers"
@@ -528,7 +528,7 @@ def draw_ablations(
     reading = f"A bar for the mean over {len(found['whole'])} tasks, a circle for each task, filled if p is below 0.05"
     return headline(figure, "Change of accuracy without each expert and with other router weights", reading)
 
-# %% ../nbs/13_analysis.ipynb #f80bbc60
+# %% ../nbs/13_analysis.ipynb #41791a03
 DUPLICATE, COLLAPSED, DEAD, VANISHED = 0.95, 0.9, 0.05, 1e-12  # |cosine|; share; times an equal share; gradient norm
 
 
@@ -562,9 +562,9 @@ def find_faults(
     norms: dict[str, float] | None = None,  # from `gradient_norms`
 ) -> dict[str, list[str]]:  # duplicates, collapsed, dead, vanished: what is wrong, and where
     "Look for duplicate experts, collapsed routers, dead experts and vanished gradients."
-    found = {"duplicates": [], "collapsed": [], "dead": []}
-    for layer in named_experts(model):
-        found["duplicates"] += duplicate_experts(*layer)
+    found: dict[str, list[str]] = {"duplicates": [], "collapsed": [], "dead": []}
+    for experts in named_experts(model):
+        found["duplicates"] += duplicate_experts(*experts)
     for layer, weights in token_weights(model, list(rows)).items() if rows else ():
         for kind, own in _routing_faults(layer, weights).items():
             found[kind] += own
