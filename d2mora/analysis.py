@@ -188,7 +188,8 @@ def most_similar(
 
 
 def _table(ax, values, look, form, rows, columns, title):
-    heat(ax, np.asarray(values), *look, form.format if form else None)
+    cmap, top, low = look
+    heat(ax, np.asarray(values), cmap, top, low, form.format if form else None)
     ax.set(title=title, xticks=range(len(columns)), yticks=range(len(rows)))
     ax.set_xticklabels(columns)
     ax.set_yticklabels(rows)
