@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 
-from .analysis import Watch, as_model, draw, likeness, overall
+from .analysis import Monitor, as_model, draw, layer_similarity, mean_similarity
 from .data import data_path
 from .evaluate import PROTOCOLS, evaluate, mean_std, own_tasks, percent, read_graded, report, seeds_table, tasks_to_grade, test_rows, text_table, under_way
 from .recipe import Recipe, bare_model, base_shape, check_training
@@ -287,7 +287,7 @@ def run(
 ) -> str:                # the table, and where everything is
     "Train, grade base and adapter, draw, report."
     started = time.perf_counter()
-    folder = train(recipe, output, [Watch(), *callbacks], resume=resume)
+    folder = train(recipe, output, [Monitor(), *callbacks], resume=resume)
     seconds = time.perf_counter() - started
     tasks = own_tasks(data_path(recipe.data), recipe.data.tasks)
     before = evaluate(base=recipe.base, data=data_path(recipe.data), prompt=recipe.data.prompt, tasks=tasks)
@@ -340,8 +340,8 @@ def one_run(
     train(recipe, folder, resume=begun(folder))
     kept = ("n", "accuracy", "interval", "chance")
     grades = {p: grade(folder, p, limit, data_path(recipe.data), tasks or recipe.data.tasks) for p in protocols}
-    found = likeness(as_model(folder)) if recipe.adapter["peft_type"] == "D2MORA" else []
-    alike = {side: overall(found, side, {f["kind"] for f in found}) for side in ("down", "up")} if found else {}
+    found = layer_similarity(as_model(folder)) if recipe.adapter["peft_type"] == "D2MORA" else []
+    alike = {side: mean_similarity(found, side) for side in ("down", "up")} if found else {}
     return {"seed": recipe.training["seed"], "parameters": count_saved(folder/"adapter")[0],
             "grades": {p: {"average": g["average"], "tasks": {t: {k: own[k] for k in kept} for t, own in g["tasks"].items()}} for p, g in grades.items()},
             "held_out": {task: last for task, (_, last) in validation_losses(folder).items()}, "alike": {s: v for s, v in alike.items() if v == v}}
