@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'GPUS', 'GiB', 'SPARE', 'NOT_TRIED', 'count_parts', 'LiveByt
            'plan_step', 'Load', 'epoch_load', 'run_length', 'Plan', 'plan_memory', 'plan', 'Gpu', 'find_gpu', 'fits',
            'plan_table', 'small_shape', 'two_steps', 'dry_run']
 
-# %% ../nbs/14_full_run.ipynb #4794680d
+# %% ../nbs/14_full_run.ipynb #954f620a
 import contextlib
 import copy
 import json
@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import peft
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
