@@ -328,7 +328,7 @@ def advice(
         text += "; that is a loss: distil it (--distill 100, or more steps), or serve the routed adapter in Python"
     return text
 
-# %% ../nbs/15_deployment.ipynb #93ab248a
+# %% ../nbs/15_deployment.ipynb #ba5613dd
 @dataclass
 class ExportSettings:
     "How to export; a ValueError names a value that cannot be."
@@ -370,8 +370,8 @@ def adapt_settings(
     return settings, replace(config, path=data_path(config), cutoff=cutoff)
 
 
-def _check_source(target: str | Path, base: str | None, merge: bool) -> tuple[Path, str | None]:
-    "The folder of a D2MoRA adapter that can be exported, and its base; a ValueError for anything else."
+def _check_source(target: str | Path, base: str | None, merge: bool) -> Any:
+    "The base of a D2MoRA adapter that can be exported; a ValueError for anything else."
     folder = Path(target) / "adapter" if (Path(target) / "recipe.yaml").is_file() else Path(target)
     if not (folder / "adapter_config.json").is_file():
         needed = "name a finished run, or a folder with adapter_config.json"
@@ -388,7 +388,7 @@ def _check_source(target: str | Path, base: str | None, merge: bool) -> tuple[Pa
             f"the base is quantized ({packed.get('quant_method', 'somehow')}): merging would round the update away; "
             "leave --merge out, or name the unquantized base by --base"
         )
-    return folder, base
+    return base
 
 
 def _check_tasks(known: list[str], tasks: list[str] | None) -> list[str]:
@@ -469,7 +469,7 @@ def _write_card(folder: Path, base: str, found: dict, merge: bool) -> None:
     }
     write_text(folder / "README.md", CARD.format(**facts, costs=cost_table(costs), advice=advice(**found)))
 
-# %% ../nbs/15_deployment.ipynb #a0242a3b
+# %% ../nbs/15_deployment.ipynb #e3fc02dc
 def _export_one(model, tokenizer, config, settings: ExportSettings, base: str, tasks: list[str], folder: Path) -> dict:
     "Make the forms, measure them, write one, and measure what was written."
     encoded = lambda split, n: [row for task in tasks for row in encoded_rows(tokenizer, config, task, split, n)]
@@ -512,7 +512,7 @@ def export(
 ) -> dict[str, dict]:  # by folder written ("" or a task): costs by form, the form taken, and whether it was asked for
     "Replace a routed adapter by a plain LoRA, and measure what that costs; a ValueError says what cannot be exported."
     folder, chosen = Path(folder), ExportSettings(**settings)
-    _, name = _check_source(target, base, chosen.merge)
+    name = _check_source(target, base, chosen.merge)
     aside = _place_aside(folder)
     model, tokenizer, config = load_target(target, base)
     tasks = _check_tasks(config.tasks if config else list(TASKS), tasks)
