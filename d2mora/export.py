@@ -407,7 +407,7 @@ def merged(
 ) -> Any:  # its base with the LoRA added
     "Merge a LoRA into weights that neither another model nor an embedding shares."
     whole: Any = static.get_base_model()
-    for layer in [m.base_layer for m in whole.modules() if isinstance(m, LoraLayer)]:
+    for layer in [cast(Any, m).base_layer for m in whole.modules() if isinstance(m, LoraLayer)]:
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     ends = [m.weight for m in (whole.get_input_embeddings(), whole.get_output_embeddings()) if m is not None]
     if ends[0] is not ends[-1]:

@@ -163,8 +163,8 @@ class Load:
     useful: int  # tokens without padding
     computed: int  # tokens with padding
     batches: int  # micro-batches
-    typical: tuple  # (sequences, tokens of each) of an average micro-batch
-    largest: tuple  # of the largest one
+    typical: tuple[int, int]  # (sequences, tokens of each) of an average micro-batch
+    largest: tuple[int, int]  # of the largest one
     targets: int  # most target tokens of a sequence
 
 
