@@ -1,4 +1,4 @@
-"""The demo's adapter, exported and merged, behind `transformers serve`: its answers beside the model's own in Python (notebook 14).
+"""The demo's adapter, exported and merged, behind `transformers serve`: its answers beside the model's own in Python (notebook 15).
 
     python benchmarks/serving.py         # nbs/results/serving.json; needs pip install "d2mora[serve]"
 """

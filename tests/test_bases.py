@@ -14,7 +14,7 @@ import d2mora
 from d2mora import tuner
 from d2mora.export import calibrate, static_lora
 from helpers import difference, fill, tiny_llama, tokens
-from test_deploy import held, rows
+from test_export import constant, rows
 
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
              pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -89,7 +89,7 @@ def check_export(model, ids, folder, fresh):
     static.save_pretrained(folder)
     loaded = peft.PeftModel.from_pretrained(fresh, folder).eval()
     with torch.no_grad():
-        with patch.object(tuner, "route", held(model, moments)): expected = model(ids).logits
+        with patch.object(tuner, "route", constant(model, moments)): expected = model(ids).logits
         for answer in (static(ids).logits, loaded(ids).logits, loaded.merge_and_unload()(ids).logits):
             assert difference(answer, expected) < 1e-3 * expected.abs().max()
         assert difference(model(ids).logits, expected) > 1e-4
@@ -230,7 +230,7 @@ def test_quantized_base_is_exported_unmerged(bits, stored):
     model, ids = fill(peft.get_peft_model(quantized(stored, bits), config()), std=0.2).eval(), tokens()
     moments = calibrate(model, rows())
     static = static_lora(model, moments, "mean")
-    with torch.no_grad(), patch.object(tuner, "route", held(model, moments)): expected = model(ids).logits
+    with torch.no_grad(), patch.object(tuner, "route", constant(model, moments)): expected = model(ids).logits
     with torch.no_grad(): assert difference(static(ids).logits, expected) < 2e-2 < difference(model.get_base_model()(ids).logits, expected) + 1
 
 

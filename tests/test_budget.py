@@ -4,44 +4,34 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import layer
 
-KEPT, FLOPS, PEAK, KEPT_LOOPS, PEAK_LOOPS = 0.25, 0.75, 0.9, 0.035, 0.5  # at most, against LoRA r = 64 and against loops
+AT_MOST = {  # D2MoRA's share of what another adapter takes
+    ("LoRA r 64", "flops"): 0.75,
+    ("LoRA r 64", "peak_bytes"): 0.9,
+    ("loops", "kept_bytes"): 0.035,
+    ("loops", "flops"): 1,
+    ("loops", "peak_bytes"): 0.5,
+}
 
 
-@pytest.fixture(scope="module", params=[(1024, 1024, KEPT), (4096, 2048, 0.20)], ids=["d 1024", "d 4096"])
-def figures(request):
+@pytest.mark.parametrize("d, inner, kept", [(1024, 1024, 0.25), (4096, 2048, 0.20)])
+def test_bytes_and_operations_of_the_layer(d, inner, kept):
     "One block with q, k and v adapted; the feed-forward, which nobody adapts, is small."
-    d, inner, kept = request.param
-    layer.SHAPES["test"] = dict(hidden_size=d, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=d // 128)
+    shape = dict(hidden_size=d, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=d // 128)
+    layer.SHAPES["test"] = shape
     base = layer.frozen("test")
     layer.check_loops(base)
-    return layer.counted(base, ("LoRA r 64", "loops", "D2MoRA"), 128), kept
-
-
-def test_bytes_kept_for_backward(figures):
-    counted, kept = figures
-    assert counted["D2MoRA"]["kept_bytes"] <= kept * counted["LoRA r 64"]["kept_bytes"]
-    assert counted["D2MoRA"]["kept_bytes"] <= KEPT_LOOPS * counted["loops"]["kept_bytes"]
-
-
-def test_operations(figures):
-    counted, _ = figures
-    assert counted["D2MoRA"]["flops"] <= FLOPS * counted["LoRA r 64"]["flops"]
+    counted = layer.counted(base, ("LoRA r 64", "loops", "D2MoRA"), 128)
+    for (other, what), share in (AT_MOST | {("LoRA r 64", "kept_bytes"): kept}).items():
+        assert counted["D2MoRA"][what] <= share * counted[other][what], (other, what)
     assert counted["D2MoRA"]["flops"] == counted["loops"]["flops"]
 
 
-def test_largest_sum_of_live_tensors(figures):
-    counted, _ = figures
-    assert counted["D2MoRA"]["peak_bytes"] <= PEAK * counted["LoRA r 64"]["peak_bytes"]
-    assert counted["D2MoRA"]["peak_bytes"] <= PEAK_LOOPS * counted["loops"]["peak_bytes"]
-
-
 def test_the_counter_sees_what_is_freed():
-    import torch
-
     with layer.LiveBytes() as live:
         a = torch.randn(1000)
         b = a * 2
