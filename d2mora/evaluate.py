@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'NOTE', 'wilson_interval', 'average_interval', 'mean_chance', 'majority', 'calibration_error', 'mcnemar',
            'holm', 'read_graded', 'pairs', 'paired', 'write_disagreements', 'text_table', 'percent', 'span',
-           'paired_table', 'groups', 'mean_std', 'seeds_table', 'comparison', 'summary', 'results', 'result_table',
-           'comparable', 'paper_table', 'draw_results', 'loss_table', 'how', 'picture_lines', 'report', 'load_target',
-           'with_adapter', 'on_device', 'tasks_to_grade', 'own_tasks', 'test_rows', 'check_request', 'prompt_style',
-           'fingerprint', 'settings_of', 'settings_hash', 'under_way', 'earlier_files', 'earlier_rows',
-           'settings_differ', 'set_aside', 'append_rows', 'join', 'gather', 'open_results', 'grade_all', 'provenance',
-           'write_results', 'evaluate', 'ask', 'equal_lengths', 'text_routing', 'by_token', 'routing_table']
+           'paired_table', 'mean_std', 'seeds_table', 'comparison', 'summary', 'results', 'result_table', 'comparable',
+           'paper_table', 'draw_results', 'loss_table', 'how', 'report', 'load_target', 'with_adapter', 'on_device',
+           'tasks_to_grade', 'own_tasks', 'test_rows', 'check_request', 'fingerprint', 'settings_of', 'settings_hash',
+           'under_way', 'join', 'evaluate', 'ask', 'equal_lengths', 'text_routing', 'by_token', 'routing_table']
 
 # %% ../nbs/11_evaluation.ipynb #c8775810
 import itertools
@@ -197,8 +195,8 @@ def paired_table(a: list[dict], b: list[dict], names: tuple[str, str] = ("A", "B
         rows.append([task, *figures, p, finding])
     return text_table(["task", "n", *names, f"only {names[0]}", f"only {names[1]}", "p", ""], rows)
 
-# %% ../nbs/11_evaluation.ipynb #2af9db8b
-def groups(folders: Iterable[str | Path]) -> list[list[str]]:
+# %% ../nbs/11_evaluation.ipynb #f1826775
+def _groups(folders: Iterable[str | Path]) -> list[list[str]]:
     "Folders of runs; those whose recipes differ in nothing but the seed stand together."
     found: dict[str, list[str]] = {}
     for folder in map(str, folders):
@@ -234,7 +232,7 @@ def comparison(
     protocol: str = "choice",  # the same for all: different protocols share no column
 ) -> str:
     "Mean ± standard deviation over seeds, and paired tests of the first run of each group."
-    together = groups(folders)
+    together = _groups(folders)
     results = {f: read_json(Path(f) / f"evaluation-{protocol}.json", "tasks") for own in together for f in own}
     names = {str(folder): Path(folder).name for folder in folders}
     if len({names[own[0]] for own in together}) < len(together):
@@ -247,25 +245,18 @@ def comparison(
         parts.append(paired_table(read_graded(a, protocol), read_graded(b, protocol), (names[a], names[b])))
     return "\n\n".join(parts)
 
-# %% ../nbs/11_evaluation.ipynb #f7b0c9f2
+# %% ../nbs/11_evaluation.ipynb #7da78ae8
 def summary(
     graded: list[dict],  # graded rows of one task
     rows: list[dict],  # the rows themselves
     task: str,
-) -> (
-    dict
-):  # n, accuracy, interval, chance, majority, unparsed, shortened; with scores also by_length, answer_loss, calibration
+) -> dict:  # n, accuracy, interval, chance, majority, unparsed, shortened; also by_length, answer_loss, calibration
     "The figures of one task."
     n, right = len(graded), sum(g["right"] for g in graded)
-    result = {
-        "n": n,
-        "accuracy": right / n,
-        "interval": wilson_interval(right, n),
-        "chance": mean_chance(rows, task),
-        "majority": majority(rows),
-        "unparsed": sum(g["predicted"] is None for g in graded) / n,
-        "shortened": sum(g["shortened"] for g in graded),
-    }
+    result: dict[str, Any] = {"n": n, "accuracy": right / n, "interval": wilson_interval(right, n)}
+    result |= {"chance": mean_chance(rows, task), "majority": majority(rows)}
+    result["unparsed"] = sum(g["predicted"] is None for g in graded) / n
+    result["shortened"] = sum(g["shortened"] for g in graded)
     if all("scores" in g for g in graded):
         result["by_length"] = sum(g["predicted_by_length"] == g["answer"] for g in graded) / n
         result["answer_loss"] = -mean(g["scores"][g["answer"]] for g in graded)  # nats
@@ -291,10 +282,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # of a table, where a 
 }
 
 
-def result_table(
-    result: dict,  # from `evaluate`
-) -> str:  # accuracies in percent
-    "One line a task, and the average; columns that the protocol does not have are left out."
+def result_table(result: dict) -> str:
+    "A result of `evaluate`, accuracies in percent: one line a task, and the average; columns that the protocol does not have are left out."
     tasks = result["tasks"]
     columns = {c: own for c, own in COLUMNS.items() if any(c in t for t in tasks.values())}
     rows, means = [], []
@@ -308,25 +297,21 @@ def result_table(
     header = ["task", "n", "accuracy", "95 % interval", *(name for name, _ in columns.values())]
     return text_table(header, [*rows, ["average", "", percent(result["average"]), interval, *means]])
 
-# %% ../nbs/11_evaluation.ipynb #249885e1
+# %% ../nbs/11_evaluation.ipynb #cc7a4d42
 NOTE = (
     "The paper's figures: a 7-billion-parameter base, all eight train sets, generation with 4 beams. "
     "They are comparable with a row above only if base, training data and protocol are the same."
 )
 
 
-def comparable(
-    result: dict,  # from `evaluate`
-) -> bool:
+def comparable(result: dict) -> bool:
     "Whether the paper's rows may stand beside a result: LLaMA 7B by the base's name, every row of all eight tasks."
     llama = re.search(r"llama.*7b", Path(str(result.get("base"))).name, re.I)
     whole = set(result["tasks"]) == set(TASKS) and not result.get("limit")
     return bool(llama and whole and result.get("data") not in TOY_WORLDS)
 
 
-def paper_table(
-    methods: Iterable[str] = ("LoRA", "HydraLoRA", "D2MoRA"),  # which rows
-) -> str:
+def paper_table(methods: Iterable[str] = ("LoRA", "HydraLoRA", "D2MoRA")) -> str:
     "The paper's rows, accuracies in percent, tasks in our order (D2MoRA, table 1)."
     names, rows = [*TASKS, "average"], []
     with (files("d2mora") / "assets" / "paper_table.csv").open(encoding="utf-8") as file:
@@ -363,11 +348,9 @@ def draw_results(
     title = f"Accuracy by task, protocol {first['protocol']}"
     return headline(figure, title, f"Points with 95 % intervals for {', '.join(first['tasks'])}; averages: {averages}")
 
-# %% ../nbs/11_evaluation.ipynb #1d1c8a25
-def loss_table(
-    run: Path,  # a run folder
-) -> str:
-    "Loss on held-out rows before and after training."
+# %% ../nbs/11_evaluation.ipynb #51632662
+def loss_table(run: Path) -> str:
+    "A run's loss on held-out rows before and after training."
     rows = [[task, f"{before:.3f}", f"{after:.3f}"] for task, (before, after) in validation_losses(run).items()]
     return text_table(["held-out loss (nats per target token)", "frozen base", "trained"], rows)
 
@@ -381,9 +364,7 @@ def how(result: dict) -> str:
     return ", ".join([*parts, *(f"{name} {version}" for name, version in result["versions"].items())])
 
 
-def picture_lines(
-    plots: Path,  # a run's pictures
-) -> list[str]:  # Markdown
+def _picture_lines(plots: Path) -> list[str]:
     "Each picture with the description that it carries, and links to the pages beside them."
     from PIL import Image
 
@@ -396,10 +377,8 @@ def picture_lines(
     return lines + [f"[{path.stem}: a page to point at](plots/{path.name})" for path in sorted(plots.glob("*.html"))]
 
 
-def report(
-    run: Path,  # a run's or adapter's folder
-) -> str:  # Markdown
-    "What a run is and what it scored, made from the files in its folder."
+def report(run: Path) -> str:
+    "What a run or adapter is and what it scored, made from the files in its folder."
     parts = [f"# {run.resolve().name}"]
     if (run / "recipe.yaml").is_file():
         parts.append("```yaml\n" + (run / "recipe.yaml").read_text(encoding="utf-8").strip() + "\n```")
@@ -410,7 +389,7 @@ def report(
         parts += [f"## Protocol {result['protocol']}", how(result), result_table(result)]
     if any(map(comparable, graded)):
         parts += ["## The paper's rows", paper_table(), NOTE]
-    pictures = picture_lines(run / "plots")
+    pictures = _picture_lines(run / "plots")
     return "\n\n".join([*parts, *(["## Pictures"] if pictures else []), *pictures]) + "\n"
 
 # %% ../nbs/11_evaluation.ipynb #ac7d8ac6
@@ -495,7 +474,7 @@ def own_tasks(
         print(text, file=sys.stderr)
     return own
 
-# %% ../nbs/11_evaluation.ipynb #99fb36fa
+# %% ../nbs/11_evaluation.ipynb #a9cfbf0d
 def test_rows(path: str, tasks: Iterable[str] | None, limit: int | None) -> dict[str, list[dict]]:
     "The rows to grade, by task; a ValueError if a task has none."
     rows = {task: read_task(path, task, "test").to_list()[:limit] for task in tasks_to_grade(path, tasks)}
@@ -524,11 +503,11 @@ def check_request(protocol: str, limit: int | None, batch_size: int, prompt: str
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
 
 
-def prompt_style(protocol: str, asked: str | None, trained: str | None) -> str:
+def _prompt_style(protocol: str, asked: str | None, trained: str | None) -> str:
     "The protocol's own prompt style, or the user's, or the run's; plain for a run that was trained without labels."
     return PROTOCOLS[protocol].prompt or asked or (trained if trained not in (None, "cloze") else "plain")
 
-# %% ../nbs/11_evaluation.ipynb #12a1a0bd
+# %% ../nbs/11_evaluation.ipynb #cc95d2e5
 def fingerprint(model: torch.nn.Module) -> str:
     "A short hash of a model's weights: names, shapes and up to 64 values of each tensor."
     digest = sha256()
@@ -542,14 +521,9 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 def settings_of(model, tokenizer, protocol: str, style: str) -> dict:
     "Everything that the result of a row depends on, besides the row."
-    settings = {
-        "protocol": protocol,
-        "prompt": style,
-        "model": fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "positions": max_positions(model),
-    }
-    beams = PROTOCOLS[protocol].beams
+    beams, dtype = PROTOCOLS[protocol].beams, str(model.dtype).removeprefix("torch.")
+    settings: dict[str, Any] = {"protocol": protocol, "prompt": style, "model": fingerprint(model), "dtype": dtype}
+    settings["positions"] = max_positions(model)
     return settings | ({"generation": generation_settings(tokenizer, beams)} if beams else {})
 
 
@@ -563,29 +537,25 @@ def under_way(folder: Path, protocol: str) -> list[Path]:
     return sorted(folder.glob(f"evaluation-{protocol}.part-*.jsonl"))
 
 
-def earlier_files(folder: Path, protocol: str) -> list[Path]:
+def _earlier_files(folder: Path, protocol: str) -> list[Path]:
     "What earlier calls left in a folder: the finished table and its rows, and rows under way."
     finished = (folder / f"evaluation-{protocol}.json", folder / f"evaluation-{protocol}.jsonl")
     return [path for path in finished if path.is_file()] + under_way(folder, protocol)
 
 
-def earlier_rows(
-    folder: Path,  # where results are
-    protocol: str,
-    settings: dict,  # from `settings_of`
-) -> dict[str, dict]:  # rows by their hash
-    "What need not be graded again; a ValueError if it was graded with other settings."
+def _earlier_rows(folder: Path, protocol: str, settings: dict) -> dict[str, dict]:
+    "Rows of a folder that need not be graded again, by hash; a ValueError if they were graded with other settings."
     done = {}
-    for path in earlier_files(folder, protocol):
+    for path in _earlier_files(folder, protocol):
         for line in read_lines(path, "hash", torn=True) if path.suffix == ".jsonl" else []:
             if line.get("settings") != settings_hash(settings):
                 mend = "grade with --again (these are kept in a folder earlier-N), or into another --output"
-                raise ValueError(f"{path}: {settings_differ(folder, protocol, settings)}: {mend}")
+                raise ValueError(f"{path}: {_settings_differ(folder, protocol, settings)}: {mend}")
             done[line["hash"]] = line
     return done
 
 
-def settings_differ(folder: Path, protocol: str, settings: dict) -> str:
+def _settings_differ(folder: Path, protocol: str, settings: dict) -> str:
     "Name what is different about the results in a folder."
     try:
         old = json.loads((folder / f"evaluation-{protocol}.json").read_text(encoding="utf-8"))["settings"]
@@ -595,9 +565,9 @@ def settings_differ(folder: Path, protocol: str, settings: dict) -> str:
     return "holds results of another run: " + "; ".join(changed)
 
 
-def set_aside(folder: Path, protocol: str) -> None:
+def _set_aside(folder: Path, protocol: str) -> None:
     "Move earlier results of a protocol into the first free folder earlier-N."
-    found = earlier_files(folder, protocol)
+    found = _earlier_files(folder, protocol)
     if found:
         free = next(path for n in itertools.count(1) if not (path := folder / f"earlier-{n}").exists())
         free.mkdir()
@@ -605,7 +575,7 @@ def set_aside(folder: Path, protocol: str) -> None:
             path.rename(free / path.name)
 
 
-def append_rows(path: Path, lines: list[dict], first: bool) -> None:
+def _append_rows(path: Path, lines: list[dict], first: bool) -> None:
     "Append rows to a file; the first time, cut off a last line that a killed process left unfinished."
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), path.open("ab+") as file:
@@ -614,7 +584,7 @@ def append_rows(path: Path, lines: list[dict], first: bool) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
         file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
 
-# %% ../nbs/11_evaluation.ipynb #6afa5baf
+# %% ../nbs/11_evaluation.ipynb #57ae4ecc
 def join() -> tuple[int, int]:
     "This process's number, and how many there are; under torchrun the processes find each other first."
     dist = torch.distributed
@@ -625,7 +595,7 @@ def join() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def gather(value: dict, processes: int) -> dict:
+def _gather(value: dict, processes: int) -> dict:
     "The dictionaries of all processes in one; waits until all processes are here."
     found: list[dict] = [value] * processes
     if processes > 1:
@@ -633,45 +603,36 @@ def gather(value: dict, processes: int) -> dict:
     return {k: v for own in found for k, v in own.items()}
 
 
-def open_results(folder: Path | None, settings: dict, again: bool, share: tuple[int, int]) -> tuple[dict, Callable]:
+def _open_results(folder: Path | None, settings: dict, again: bool, share: tuple[int, int]) -> tuple[dict, Callable]:
     "What earlier calls have graded, and a function that appends rows to this process's file."
     if folder is None:
         return {}, lambda lines: None
-    protocol, begun = settings["protocol"], []
+    protocol = settings["protocol"]
+    begun: list[bool] = []
     if again and share[0] == 0 and folder.is_dir():
-        set_aside(folder, protocol)
-    gather({}, share[1])
-    done = earlier_rows(folder, protocol, settings)
+        _set_aside(folder, protocol)
+    _gather({}, share[1])
+    done = _earlier_rows(folder, protocol, settings)
 
     def keep(lines):
         if lines:  # nothing is written before there is something to write
-            append_rows(folder / f"evaluation-{protocol}.part-{share[0]}.jsonl", lines, not begun)
+            _append_rows(folder / f"evaluation-{protocol}.part-{share[0]}.jsonl", lines, not begun)
             begun.append(True)
 
-    gather({}, share[1])  # all have read what is done before any process writes
+    _gather({}, share[1])  # all have read what is done before any process writes
     return done, keep
 
 
-def grade_all(
-    model,
-    tokenizer,
-    rows: dict[str, list[dict]],  # by task
-    settings: dict,  # from `settings_of`
-    batch_size: int,
-    done: dict[str, dict],  # rows graded before, by hash
-    keep: Callable,  # called with the rows of each batch as soon as they are graded
-    share: tuple[int, int],  # this process's number, and how many there are
-    progress: bool,
-) -> dict[str, dict]:  # the rows graded here, by hash
-    "Grade what is not done."
+def _grade_all(model, tokenizer, rows, settings, batch_size, done, keep, share, progress) -> dict[str, dict]:
+    "Grade what is not `done`, call `keep` with the rows of each batch at once, and return the new rows by hash."
     before = {task: {i for i, row in enumerate(own) if row_hash(row, task) in done} for task, own in rows.items()}
     numbers = {task: grading_order(own, batch_size, before[task], share) for task, own in rows.items()}
-    protocol, total, fresh = settings["protocol"], sum(map(len, numbers.values())), {}
-    shown = {"desc": protocol, "unit": "row", "file": sys.stderr, "dynamic_ncols": True}
+    protocol, style, total = settings["protocol"], settings["prompt"], sum(map(len, numbers.values()))
+    fresh: dict[str, dict] = {}
+    shown: dict[str, Any] = {"desc": protocol, "unit": "row", "file": sys.stderr, "dynamic_ncols": True}
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file is not flooded
     with tqdm(total=total, mininterval=pause, disable=not progress or share[0] > 0, **shown) as bar:
         for task, own in rows.items():
-            style = settings["prompt"]
             for batch in grade_batches(model, tokenizer, task, own, protocol, style, batch_size, numbers[task]):
                 new = [g | {"settings": settings_hash(settings)} for g in batch if g["hash"] not in done]
                 keep(new)
@@ -679,29 +640,16 @@ def grade_all(
                 bar.update(len(batch))
     return fresh
 
-# %% ../nbs/11_evaluation.ipynb #15c758e2
-def provenance(target, model, settings: dict, path: str, limit: int | None, batch_size: int, processes: int) -> dict:
+# %% ../nbs/11_evaluation.ipynb #f715a4ea
+def _provenance(target, model, settings: dict, path: str, **more) -> dict:
     "What was graded, and how. There is no seed, since no protocol draws at random."
-    return {
-        "target": str(target) if target else None,
-        "base": model.config.name_or_path,
-        **{key: settings[key] for key in ("protocol", "prompt", "dtype")},
-        "seed": None,
-        "data": str(path),
-        "limit": limit,
-        "batch_size": batch_size,
-        "processes": processes,
-        "settings": settings,
-        "versions": {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")},
-    }
+    versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")}
+    what = {"target": str(target) if target else None, "base": model.config.name_or_path, "seed": None, "data": path}
+    how = {key: settings[key] for key in ("protocol", "prompt", "dtype")}
+    return what | how | more | {"settings": settings, "versions": versions}
 
 
-def write_results(
-    folder: Path,  # a run's or an adapter's folder
-    protocol: str,  # names the files
-    result: dict,  # what `evaluate` returns
-    lines: list[dict],  # every row
-) -> None:
+def _write_results(folder: Path, protocol: str, result: dict, lines: list[dict]) -> None:
     "Write evaluation-PROTOCOL.json, every row beside it in .jsonl, and a picture; write report.md anew."
     write_text(
         folder / f"evaluation-{protocol}.jsonl", "".join(json.dumps(g, ensure_ascii=False) + "\n" for g in lines)
@@ -714,7 +662,7 @@ def write_results(
     for part in under_way(folder, protocol):
         part.unlink()  # last: while one exists, something else may be missing
 
-# %% ../nbs/11_evaluation.ipynb #e170d7b8
+# %% ../nbs/11_evaluation.ipynb #ae7f00f6
 def evaluate(
     target: str | Path | None = None,  # a run folder, an adapter's folder or a model's; None: the bare base
     base: str | None = None,  # a base in place of the run's, or the bare one
@@ -735,23 +683,24 @@ def evaluate(
     model, tokenizer, config = load_target(target, base)
     path = data_path(DataConfig(path=data or (config and config.path)))
     rows = test_rows(path, tasks or own_tasks(path, config and config.tasks, rank == 0), limit)
-    settings = settings_of(model, tokenizer, protocol, prompt_style(protocol, prompt, config and config.prompt))
+    settings = settings_of(model, tokenizer, protocol, _prompt_style(protocol, prompt, config and config.prompt))
     place = output or target
     folder = Path(place) if place else None
     with locked(folder) if folder and rank == 0 else nullcontext():
-        done, keep = open_results(folder, settings, again, share)
+        done, keep = _open_results(folder, settings, again, share)
         if folder and folder.is_dir():
             report(folder)  # what cannot be read is an error now, not after hours
-        fresh = grade_all(on_device(model), tokenizer, rows, settings, batch_size, done, keep, share, progress)
-        found = done | gather(fresh, processes)
+        fresh = _grade_all(on_device(model), tokenizer, rows, settings, batch_size, done, keep, share, progress)
+        found = done | _gather(fresh, processes)
         graded = {t: [found[row_hash(row, t)] | {"row": i} for i, row in enumerate(own)] for t, own in rows.items()}
-        result = provenance(target, model, settings, path, limit, batch_size, processes) | results(graded, rows)
+        how = {"limit": limit, "batch_size": batch_size, "processes": processes}
+        result = _provenance(target, model, settings, str(path), **how) | results(graded, rows)
         if folder and rank == 0:
             lines = {g["hash"]: g for own in graded.values() for g in own}
-            write_results(folder, protocol, result, list((lines | found | lines).values()))
+            _write_results(folder, protocol, result, list((lines | found | lines).values()))
     return result
 
-# %% ../nbs/11_evaluation.ipynb #86317fe6
+# %% ../nbs/11_evaluation.ipynb #adf248bd
 def ask(
     question: str,  # the instruction
     target: str | Path | None,  # a run folder or an adapter's folder; None: the bare base
@@ -763,7 +712,7 @@ def ask(
     prompt = evaluation_prompt({"instruction": question, "input": ""}, config.prompt if config else "plain")
     limit = max_positions(on_device(model))
     room = max(1, limit - NEW_TOKENS) if limit else sys.maxsize
-    prompt = shorten_prompt(tokenizer, prompt, "", room, "use a base that reads more tokens")
+    prompt = shorten_prompt(tokenizer, prompt, "", room, "the base cannot read more, take one that can")
     if not isinstance(model, peft.PeftModel):
         return {"base": write(model, tokenizer, [prompt])[0]}
     with model.disable_adapter():

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHORTEST_PREFIX', 'NEW_TOKENS', 'PROTOCOLS', 'row_hash', 'Item', 'common_length', 'encode_pairs', 'make_item',
-           'padded', 'forward', 'plain_cache', 'Prefix', 'cached_prefix', 'read_rows', 'target_places', 'add_log_probs',
-           'read_tails', 'option_scores', 'BeamLayer', 'AnswerFound', 'generation_settings',
-           'without_own_generation_config', 'write_tokens', 'write', 'choice_pairs', 'prompt_pairs', 'Protocol',
-           'by_likelihood', 'by_writing', 'make_items', 'grade_batch', 'out_of_memory', 'grading_order',
-           'grade_batches', 'about_row', 'grade_rows', 'lm_eval_docs', 'lm_eval_tasks']
+           'padded', 'forward', 'Prefix', 'read_rows', 'option_scores', 'BeamLayer', 'AnswerFound',
+           'generation_settings', 'without_own_generation_config', 'write_tokens', 'write', 'choice_pairs',
+           'prompt_pairs', 'Protocol', 'make_items', 'grade_batch', 'out_of_memory', 'grading_order', 'grade_batches',
+           'grade_rows', 'lm_eval_docs', 'lm_eval_tasks']
 
 # %% ../nbs/h_scoring.ipynb #2934a51a
 import copy
@@ -68,7 +67,7 @@ def encode_pairs(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int
         found.append((ids, len(ids) - next((place for place in places if place is not None), len(ids))))
     return found
 
-# %% ../nbs/h_scoring.ipynb #8dc78cf2
+# %% ../nbs/h_scoring.ipynb #bc31d9e8
 def make_item(
     tokenizer,  # a fast tokenizer
     pairs: list[
@@ -81,7 +80,9 @@ def make_item(
     shortened = bool(limit and max(len(ids) for ids, _ in encoded) > limit)
     if limit and shortened:
         longest = pairs[max(range(len(pairs)), key=lambda k: encoded[k][1])][1]
-        cut = partial(shorten_prompt, tokenizer, answer=longest, limit=limit, mend="use a base that reads more tokens")
+        cut = partial(
+            shorten_prompt, tokenizer, answer=longest, limit=limit, mend="the base cannot read more, take one that can"
+        )
         pairs = [(cut(context), option) for context, option in pairs]
         encoded = encode_pairs(tokenizer, pairs)
     if not pairs[0][1]:
@@ -92,7 +93,7 @@ def make_item(
     lengths = [len(option.strip()) for _, option in pairs]
     return Item(encoded[0][0][:n], [ids[n:] for ids, _ in encoded], [k for _, k in encoded], lengths, shortened)
 
-# %% ../nbs/h_scoring.ipynb #dd536772
+# %% ../nbs/h_scoring.ipynb #788a8c87
 def padded(rows: list[list[int]], side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
     "Rows of tokens as one tensor, and the mask of the real tokens: both (rows, longest)."
     pad = partial(pad_sequence, batch_first=True, padding_side=side)
@@ -109,11 +110,11 @@ def forward(model, ids, mask, past=None, keep: int = 0, cache: bool = True):
     return model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=cache, **extra)
 
 
-def plain_cache(past) -> bool:
+def _plain_cache(past) -> bool:
     "Whether a cache holds every position of every layer, so that rows can be copied and gaps masked."
     return isinstance(past, DynamicCache) and all(type(layer) is DynamicLayer for layer in past.layers)
 
-# %% ../nbs/h_scoring.ipynb #0c9ed518
+# %% ../nbs/h_scoring.ipynb #a40eb28c
 SHORTEST_PREFIX = 16  # tokens; a forward pass of its own does not pay for fewer
 
 
@@ -125,13 +126,8 @@ class Prefix:
     past: Any = None  # a cache of one row
 
 
-def cached_prefix(
-    model,
-    ids: list[int],  # what all rows of a batch begin with
-    rows: int,  # how many rows the batch has
-    prefix: Prefix,  # of the task
-) -> tuple:  # a cache for all rows, or None; how many tokens it holds
-    "Keys and values of what a batch begins with, read only if no earlier batch has read them."
+def _cached_prefix(model, ids: list[int], rows: int, prefix: Prefix) -> tuple:
+    "A cache for `rows` rows that begin with `ids`, or None, and its tokens; read only if no earlier batch has read it."
     if common_length([prefix.ids, ids]) + SHORTEST_PREFIX <= len(ids):
         prefix = Prefix(ids)
     n = common_length([prefix.ids, ids])
@@ -140,7 +136,7 @@ def cached_prefix(
     if prefix.past is None:
         whole = torch.tensor([prefix.ids], dtype=torch.long, device=model.device)
         prefix.past = getattr(forward(model, whole, torch.ones_like(whole), keep=1), "past_key_values", None)
-    if not plain_cache(prefix.past):
+    if not _plain_cache(prefix.past):
         return None, 0
     past = copy.deepcopy(prefix.past)
     if n < len(prefix.ids):
@@ -158,14 +154,14 @@ def read_rows(
 ) -> tuple:  # the model's output; ids and mask, each (rows, shared + longest rest)
     "One forward pass over rows of tokens, padded on the left; what they all begin with is read once."
     start = 0 if len(rows) == 1 else max(0, min(common_length(rows), min(map(len, rows)) - keep))
-    past, start = cached_prefix(model, rows[0][:start], len(rows), prefix or Prefix())
+    past, start = _cached_prefix(model, rows[0][:start], len(rows), prefix or Prefix())
     shared = torch.tensor([rows[0][:start]], dtype=torch.long, device=model.device).expand(len(rows), start)
     ids, mask = padded([row[start:] for row in rows], "left", model.device)
     mask = torch.cat([torch.ones_like(shared), mask], 1)
     return forward(model, ids, mask, past, keep, cache), torch.cat([shared, ids], 1), mask
 
-# %% ../nbs/h_scoring.ipynb #0ca9504e
-def target_places(items: list[Item]) -> tuple[list, list, list]:
+# %% ../nbs/h_scoring.ipynb #88730436
+def _target_places(items: list[Item]) -> tuple[list, list, list]:
     "Where target tokens are predicted: (row, place, token, option) in heads; (tail, …) in tails; (row, tokens) of tails."
     in_heads: list[tuple] = []
     in_tails: list[tuple] = []
@@ -180,7 +176,7 @@ def target_places(items: list[Item]) -> tuple[list, list, list]:
     return in_heads, in_tails, tails
 
 
-def add_log_probs(total, logits, places):
+def _add_log_probs(total, logits, places):
     "Add the log-probability of each (row, place, token, option) to its option in `total`, float32 (options,)."
     if not places:
         return total
@@ -189,7 +185,7 @@ def add_log_probs(total, logits, places):
     return total.index_add(0, option, log_probs.gather(-1, token[:, None])[:, 0])
 
 
-def read_tails(model, past, mask, tails: list[tuple[int, list[int]]]):
+def _read_tails(model, past, mask, tails: list[tuple[int, list[int]]]):
     "Logits of tails (row of the cache, tokens), each read after its row: (tails, longest, V)."
     owner = torch.tensor([row for row, _ in tails], device=mask.device)
     past.batch_select_indices(owner)
@@ -204,7 +200,7 @@ def option_scores(
     prefix: Prefix | None = None,  # of the task
 ) -> list[torch.Tensor]:  # for each row the summed log-likelihood of each option in nats, float32 on the CPU
     "Log-likelihood of every option of every row, each shared token read once; dropout off, the model left as found."
-    in_heads, in_tails, tails = target_places(items)
+    in_heads, in_tails, tails = _target_places(items)
     sizes = [len(item.tails) for item in items]
     keep = max([1, *(-place for _, place, _, _ in in_heads)])
     with evaluating(model):
@@ -214,9 +210,9 @@ def option_scores(
             options = [(item.head + tail, n) for item in items for tail, n in zip(item.tails, item.targets)]
             alone = [Item(ids[:-1], [ids[-1:]], [n], [], False) for ids, n in options]
             return list(torch.cat(option_scores(model, alone)).split(sizes))
-        total = add_log_probs(torch.zeros(sum(sizes)), out.logits, in_heads)
+        total = _add_log_probs(torch.zeros(sum(sizes)), out.logits, in_heads)
         if tails:
-            total = add_log_probs(total, read_tails(model, past, mask, tails), in_tails)
+            total = _add_log_probs(total, _read_tails(model, past, mask, tails), in_tails)
     return list(total.split(sizes))
 
 # %% ../nbs/h_scoring.ipynb #0ff6ea04
@@ -257,15 +253,11 @@ class AnswerFound(StoppingCriteria):
         texts = self.tokenizer.batch_decode(ids[:, self.start :], skip_special_tokens=True)
         return torch.tensor([parse_answer(text, self.task) is not None for text in texts], device=ids.device)
 
-# %% ../nbs/h_scoring.ipynb #c831242e
+# %% ../nbs/h_scoring.ipynb #cd57951a
 def generation_settings(tokenizer, num_beams: int) -> dict:
     "Everything that decides what is written, besides model and prompt."
-    return {
-        "max_new_tokens": NEW_TOKENS,
-        "do_sample": False,
-        "num_beams": num_beams,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": num_beams}
+    return settings | {"eos_token_id": tokenizer.eos_token_id}
 
 
 @contextmanager
@@ -292,15 +284,15 @@ def write_tokens(
 ) -> list[list[int]]:  # the new tokens, padding included
     "Continue each prompt by at most 32 tokens: padding on the left, attention mask, dropout off."
     config = GenerationConfig(**generation_settings(tokenizer, num_beams), pad_token_id=collator_for(tokenizer).pad_id)
-    known = {}
+    known: dict[str, Any] = {}
     with evaluating(model), without_own_generation_config(model):
         ids, mask = padded(prompts, "left", model.device)
         if min(map(len, prompts)) > 1:
             last = ids[:, -1:]
             out, ids, mask = read_rows(model, [row[:-1] for row in prompts], prefix=prefix)
             ids, mask = torch.cat([ids, last], 1), torch.cat([mask, torch.ones_like(last)], 1)
-            past = getattr(out, "past_key_values", None)
-            if plain_cache(past):
+            past: Any = getattr(out, "past_key_values", None)
+            if _plain_cache(past):
                 past.layers = [BeamLayer(layer, num_beams) for layer in past.layers]
                 known = {"past_key_values": past}
         stop = [AnswerFound(tokenizer, task, ids.shape[1])] if task and num_beams == 1 else []
@@ -315,7 +307,7 @@ def write(model, tokenizer, prompts: list[str], task: str | None = None, num_bea
     heads = [make_item(tokenizer, [(prompt, "")], None).head for prompt in prompts]
     return tokenizer.batch_decode(write_tokens(model, tokenizer, heads, num_beams, task), skip_special_tokens=True)
 
-# %% ../nbs/h_scoring.ipynb #1e07beb9
+# %% ../nbs/h_scoring.ipynb #25bd9a67
 def choice_pairs(row: dict, task: str, style: str) -> list[tuple[str, str]]:
     "(context, option) for each answer word of a row."
     return [(evaluation_prompt(row, style) + ANSWER_PREFIX, f" {word}") for word in row_answers(row, task)]
@@ -343,7 +335,7 @@ PROTOCOLS = {
 }
 
 
-def by_likelihood(model, task: str, rows: list[dict], items: list[Item], prefix: Prefix | None = None) -> list[dict]:
+def _by_likelihood(model, task: str, rows: list[dict], items: list[Item], prefix=None) -> list[dict]:
     "`predicted`: the option of the largest log-likelihood; `predicted_by_length`: of the largest per character."
     graded = []
     for row, item, own in zip(rows, items, option_scores(model, items, prefix)):
@@ -354,9 +346,7 @@ def by_likelihood(model, task: str, rows: list[dict], items: list[Item], prefix:
     return graded
 
 
-def by_writing(
-    model, tokenizer, task: str, items: list[Item], num_beams: int, prefix: Prefix | None = None
-) -> list[dict]:
+def _by_writing(model, tokenizer, task: str, items: list[Item], num_beams: int, prefix=None) -> list[dict]:
     "`predicted`: the first answer word in what the model writes, None where there is none."
     written = write_tokens(model, tokenizer, [item.head for item in items], num_beams, task, prefix)
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -382,13 +372,13 @@ def grade_batch(
     "Grade rows in one batch."
     items, beams = make_items(model, tokenizer, task, rows, protocol, style), PROTOCOLS[protocol].beams
     if beams:
-        graded = by_writing(model, tokenizer, task, items, beams, prefix)
+        graded = _by_writing(model, tokenizer, task, items, beams, prefix)
     else:
-        graded = by_likelihood(model, task, rows, items, prefix)
+        graded = _by_likelihood(model, task, rows, items, prefix)
     pairs = zip(graded, rows, items)
     return [g | {"right": g["predicted"] == row["answer"], "shortened": item.shortened} for g, row, item in pairs]
 
-# %% ../nbs/h_scoring.ipynb #c4e5c6dc
+# %% ../nbs/h_scoring.ipynb #973a9967
 def out_of_memory(error: BaseException) -> bool:
     "Whether an error says that memory ran out, on a GPU or not."
     says = str(error).lower()
@@ -431,13 +421,13 @@ def grade_batches(
             graded, size = [], (len(batch) + 1) // 2
             print(f"out of memory: going on with batches of {size}", file=sys.stderr)
         if graded:
-            yield [about_row(rows[i], task, i) | g for i, g in zip(batch, graded)]
+            yield [_about_row(rows[i], task, i) | g for i, g in zip(batch, graded)]
             start += len(batch)
         else:
             clear_device_cache(garbage_collection=True)  # here, where the error no longer holds the batch
 
 
-def about_row(row: dict, task: str, number: int) -> dict:
+def _about_row(row: dict, task: str, number: int) -> dict:
     "What identifies a row: by its content, not only by its place in a file."
     return {"task": task, "row": number, "hash": row_hash(row, task), "answer": row["answer"]}
 
