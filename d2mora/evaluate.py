@@ -245,7 +245,7 @@ def comparison(
         parts.append(paired_table(read_graded(a, protocol), read_graded(b, protocol), (names[a], names[b])))
     return "\n\n".join(parts)
 
-# %% ../nbs/11_evaluation.ipynb #7da78ae8
+# %% ../nbs/11_evaluation.ipynb #f2a9ba03
 def summary(
     graded: list[dict],  # graded rows of one task
     rows: list[dict],  # the rows themselves
@@ -265,7 +265,7 @@ def summary(
 
 
 def results(graded: dict[str, list[dict]], rows: dict[str, list[dict]]) -> dict:
-    "Each task's summary, the unweighted average of their accuracies and its interval, from graded rows and rows by task."
+    "Each task's summary, the unweighted average accuracy and its interval, from graded rows and rows by task."
     tasks = {task: summary(graded[task], rows[task], task) for task in graded}
     average = mean(t["accuracy"] for t in tasks.values())
     return {"tasks": tasks, "average": average, "average_interval": average_interval(list(tasks.values()))}
@@ -283,7 +283,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # of a table, where a 
 
 
 def result_table(result: dict) -> str:
-    "A result of `evaluate`, accuracies in percent: one line a task, and the average; columns that the protocol does not have are left out."
+    "A result of `evaluate` as a table, accuracies in percent; columns that the protocol does not have are left out."
     tasks = result["tasks"]
     columns = {c: own for c, own in COLUMNS.items() if any(c in t for t in tasks.values())}
     rows, means = [], []

@@ -160,9 +160,9 @@ def read_rows(
     mask = torch.cat([torch.ones_like(shared), mask], 1)
     return forward(model, ids, mask, past, keep, cache), torch.cat([shared, ids], 1), mask
 
-# %% ../nbs/h_scoring.ipynb #88730436
+# %% ../nbs/h_scoring.ipynb #378c2fdb
 def _target_places(items: list[Item]) -> tuple[list, list, list]:
-    "Where target tokens are predicted: (row, place, token, option) in heads; (tail, …) in tails; (row, tokens) of tails."
+    "Places of target tokens, (row, place, token, option), in heads and in tails; and the tails as (row, tokens)."
     in_heads: list[tuple] = []
     in_tails: list[tuple] = []
     tails: list[tuple[int, list[int]]] = []
