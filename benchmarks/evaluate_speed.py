@@ -25,12 +25,10 @@ from transformers import GenerationConfig
 
 from d2mora.data import read_task
 from d2mora.evaluate import load_target
-from d2mora.scoring import NEW_TOKENS
-from d2mora.scoring import ready
-from d2mora.scoring import difference, grade_rows, prompt_pairs
-from d2mora.evaluate import write_text
-from d2mora.tasks import TASKS, evaluation_prompt, parse_answer
 from d2mora.recipe import max_positions
+from d2mora.scoring import NEW_TOKENS, Item, grade_rows, make_item, option_scores, prompt_pairs
+from d2mora.tasks import TASKS, evaluation_prompt, parse_answer
+from d2mora.utils import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("D2MORA_SHARED", ROOT.parent / "shared"))
@@ -92,9 +90,12 @@ def differences(model, tokenizer, task, rows, texts, graded) -> list[dict]:
     found = []
     for i, (row, text, g) in enumerate(zip(rows, texts, graded)):
         if text != g["text"]:
-            head = ready(tokenizer, prompt_pairs(row, task, "official"), None).head
+            head = make_item(tokenizer, prompt_pairs(row, task, "official"), None).head
             ids = [tokenizer(evaluation_prompt(row, "official") + t).input_ids[len(head):] for t in (text, g["text"])]
-            found.append({"task": task} | difference(model, tokenizer, task, i, head, *ids))
+            scores = option_scores(model, [Item(head, ids, [len(own) for own in ids], [], False)])[0].tolist()
+            margin = abs(scores[0] / len(ids[0]) - scores[1] / len(ids[1]))  # nats per token, by which beam search ranks
+            changed = parse_answer(text, task) != g["predicted"]
+            found.append({"task": task, "row": i, "alone": text, "batch": g["text"], "changed": changed, "margin": margin})
     return found
 
 

@@ -1,4 +1,4 @@
-"""The table of notebook 10: frozen base, LoRA, one-to-many and D2MoRA, at equal steps and parameters equal to within 3 %, by all four protocols, over three seeds.
+"""The tables of the chapter Evaluation: frozen base, LoRA, one-to-many and D2MoRA, at equal steps and parameters equal to within 3 %, by all four protocols, over three seeds.
 
     python benchmarks/grade_main_job.py --world real     # stories260K on the real rows; writes nbs/results/main_job_methods.json
     python benchmarks/grade_main_job.py --world toy      # the embedded base on the toy world; writes nbs/results/toy_methods_protocols.json
@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from d2mora.evaluate import PROTOCOLS, evaluate
-from d2mora.evaluate import paired, read_graded, write_text
+from d2mora.evaluate import evaluate, paired, read_graded
 from d2mora.recipe import load_recipe
+from d2mora.scoring import PROTOCOLS
 from d2mora.train import train
+from d2mora.utils import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("D2MORA_SHARED", ROOT.parent / "shared"))

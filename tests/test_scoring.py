@@ -1,0 +1,280 @@
+"""Each protocol on real rows gives in a batch what it gives for one row alone, whatever is padded, shared, cut or left in training mode."""
+
+import os
+
+import pytest
+import torch
+from helpers import adapted_stories, tiny_llama
+
+from d2mora import scoring
+from d2mora.data import read_task
+from d2mora.scoring import PROTOCOLS, choice_pairs, grade_batch, grade_batches, grade_rows, grading_order, make_item
+from d2mora.scoring import option_scores, prompt_pairs, write, write_tokens
+from d2mora.tasks import ANSWER_PREFIX, TASKS, evaluation_prompt, parse_answer, row_answers
+
+
+@pytest.fixture(scope="module")
+def stories(shared):
+    return adapted_stories(shared, lora_dropout=0.5)
+
+
+def rows_of(stories, task, n=12, start=0):
+    return read_task(stories[2], task, "test").to_list()[start : start + n]
+
+
+@torch.no_grad()
+def alone(model, tokenizer, context, option):
+    "The log-likelihood of an option by one forward pass of its own."
+    coded = tokenizer(context + option, return_offsets_mapping=True)
+    ids, n = coded.input_ids, sum(end > len(context) for _, end in coded.offset_mapping)
+    log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(log_probs[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids)))
+
+
+def published(model, tokenizer, prompt, beams):
+    "One prompt without a mask, as the published scripts continue it."
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, num_beams=beams, max_new_tokens=32, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+SCORED = [("choice", task) for task in ("boolq", "winogrande", "ARC-Easy")] + [("content", task) for task in TASKS]
+
+
+@pytest.mark.parametrize("protocol, task", SCORED)
+def test_scores_equal_one_forward_per_option(stories, protocol, task):
+    model, tokenizer, _ = stories
+    rows = rows_of(stories, task, 5)
+    model.train()  # dropout 0.5
+    graded = grade_rows(model, tokenizer, task, rows, protocol, batch_size=4)
+    model.eval()
+    for row, g in zip(rows, graded):
+        for word, pair in zip(row_answers(row, task), PROTOCOLS[protocol].pairs(row, task, "plain"), strict=True):
+            assert g["scores"][word] == pytest.approx(alone(model, tokenizer, *pair), abs=2e-3)
+        assert g["predicted"] == max(g["scores"], key=g["scores"].get)
+
+
+@pytest.mark.parametrize(
+    "protocol, style, task",
+    [("generate", "plain", "boolq"), ("generate", "official", "social_i_qa")]
+    + [("official", "official", task) for task in ("boolq", "openbookqa")],
+)
+def test_texts_equal_the_published_way(stories, protocol, style, task):
+    model, tokenizer, _ = stories
+    rows, beams = rows_of(stories, task, 5), PROTOCOLS[protocol].beams
+    model.train()
+    batch, single = (grade_rows(model, tokenizer, task, rows, protocol, style, batch_size=size) for size in (5, 1))
+    texts = [published(model.eval(), tokenizer, evaluation_prompt(row, style), beams) for row in rows]
+    assert [g["text"] for g in batch] == [g["text"] for g in single]
+    assert [g["predicted"] for g in batch] == [parse_answer(text, task) for text in texts]
+    for g, text in zip(batch, texts):
+        assert text.startswith(g["text"]) and (g["text"] == text or protocol == "generate" and g["predicted"])
+
+
+def test_a_cache_that_does_not_reorder_its_beams_is_noticed(stories, monkeypatch):
+    model, tokenizer, _ = stories
+    rows = rows_of(stories, "openbookqa", 6)
+    right = grade_rows(model, tokenizer, "openbookqa", rows, "official", "official")
+    monkeypatch.setattr(scoring.BeamLayer, "reorder_cache", lambda self, beam_idx: None)
+    assert grade_rows(model, tokenizer, "openbookqa", rows, "official", "official") != right
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    "The shapes of what is read, forward pass by forward pass."
+    seen, forward = [], scoring.forward
+
+    def watched(model, ids, *args, **kwargs):
+        seen.append(tuple(ids.shape))
+        return forward(model, ids, *args, **kwargs)
+
+    monkeypatch.setattr(scoring, "forward", watched)
+    return seen
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch, reads, protocol):
+    model, tokenizer, _ = stories
+    rows = rows_of(stories, "social_i_qa", 8)
+    shared = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=3)
+    prefixes = [length for n, length in reads if n == 1]
+    assert protocol == "content" or len(prefixes) == 1 and prefixes[0] > 100  # the template, once for all batches
+    monkeypatch.setattr(scoring, "SHORTEST_PREFIX", 10**9)
+    apart = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=3)
+    for a, b in zip(shared, apart):
+        assert a.get("text") == b.get("text") and a["predicted"] == b["predicted"]
+        assert a.get("scores", {}) == pytest.approx(b.get("scores", {}), abs=2e-4)
+
+
+def prefix_of(stories, task):
+    items = scoring.make_items(*stories[:2], task, rows_of(stories, task, 4), "choice", "official")
+    return scoring.Prefix(items[0].head[: scoring.common_length([item.head for item in items])])
+
+
+def test_a_kept_prefix_is_cut_where_rows_differ_and_never_replaced(stories, reads):
+    "Rows of another task begin alike for a while, or not at all, or share more among themselves."
+    model, tokenizer, _ = stories
+    prefix = prefix_of(stories, "boolq")
+    ids = list(prefix.ids)
+    pairs = (("boolq", "official"), ("piqa", "official"), ("piqa", "plain"), ("hellaswag", "official"))
+    for task, style in (*pairs, pairs[0]):
+        rows = rows_of(stories, task, 4)
+        own, fresh = (grade_batch(model, tokenizer, task, rows, "choice", style, kept) for kept in (prefix, None))
+        for a, b in zip(own, fresh):
+            assert a["predicted"] == b["predicted"] and a["scores"] == pytest.approx(b["scores"], abs=2e-4)
+    assert prefix.ids == ids and len(ids) > 100 and prefix.past.get_seq_length() == len(ids)
+    assert 5 < sum(n == 1 for n, _ in reads) < 10  # five times without anything kept, and less often with it
+
+
+def test_a_prefix_of_other_tokens_is_noticed(stories):
+    model, tokenizer, _ = stories
+    rows, prefix = rows_of(stories, "piqa", 4), prefix_of(stories, "piqa")
+    right = grade_batch(model, tokenizer, "piqa", rows, "choice", "official")
+    other = prefix.ids[:20] + [i + 1 for i in prefix.ids[20:-1]] + prefix.ids[-1:]
+    with torch.no_grad():
+        prefix.past = model(torch.tensor([other]), use_cache=True).past_key_values
+    wrong = grade_batch(model, tokenizer, "piqa", rows, "choice", "official", prefix)
+    assert max(abs(a["scores"][w] - b["scores"][w]) for a, b in zip(right, wrong) for w in a["scores"]) > 1e-2
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_batch_is_graded_alike_to_the_last_bit_whatever_came_before(stories, protocol):
+    "A run that was killed goes on with any batch, and has not read the prefix yet."
+    model, tokenizer, _ = stories
+    more = "Think of it slowly, and carefully, and once more, and then say what is right. "
+    kinds = (("", 60), (more, 30), (more + "So, ", 20), ("", 10))  # the second batch shares more than the first
+    text = "Please choose: {}{} is it, {}?\n\nSolution1: left\n\nSolution2: right\n\nAnswer format: solution1/solution2"
+    texts = [text.format(shares, who, "so " * n) for shares, n in kinds for who in ("Mine", "What", "Hers")]
+    rows = [{"instruction": text, "input": "", "output": "", "answer": "solution1"} for text in texts]
+
+    def graded(numbers):
+        return list(grade_batches(model, tokenizer, "piqa", rows, protocol, "official", 3, numbers))
+
+    order = grading_order(rows, 3)
+    whole = graded(order)
+    for k in (3, 2, 1, 0):
+        assert graded(order[3 * k : 3 * k + 3]) == [whole[k]]
+
+
+def small(kind):
+    "Other architectures, with random weights and the vocabulary of stories260K."
+    import transformers as t
+
+    sizes = dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    gpt2 = dict(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=512)
+    opt = dict(ffn_dim=64, max_position_embeddings=512, word_embed_proj_dim=32)
+    bloom = dict(vocab_size=512, hidden_size=32, n_layer=2, n_head=4)
+    wide, grouped = dict(intermediate_size=64), dict(intermediate_size=64, num_key_value_heads=2)
+    makes = {
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**gpt2)),
+        "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**sizes, **opt)),
+        "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(**bloom)),
+        "neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**sizes, **wide)),
+        "sliding": lambda: t.MistralForCausalLM(t.MistralConfig(**sizes, **grouped, sliding_window=24)),
+        "qwen": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**sizes, **grouped)),
+    }
+    torch.manual_seed(1)
+    model = makes[kind]()
+    for p in model.parameters():
+        p.data.mul_(3)  # so that tokens matter
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "neox", "sliding", "qwen"])
+def test_any_causal_model(stories, kind):
+    model, tokenizer, _ = small(kind), *stories[1:]
+    rows = rows_of(stories, "boolq", 5) + rows_of(stories, "boolq", 3, start=40)
+    texts = [choice_pairs(row, "boolq", "plain") for row in rows]
+    for pairs, own in zip(texts, option_scores(model, [make_item(tokenizer, pairs, None) for pairs in texts])):
+        assert own.tolist() == pytest.approx([alone(model, tokenizer, *pair) for pair in pairs], abs=2e-3)
+    heads = [make_item(tokenizer, prompt_pairs(row, "boolq", "plain"), None).head for row in rows]
+    settings = dict(max_new_tokens=scoring.NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=2)
+    for beams in (1, 4):
+        for head, ids in zip(heads, write_tokens(model, tokenizer, heads, beams)):
+            with torch.no_grad():
+                single = model.generate(input_ids=torch.tensor([head]), num_beams=beams, **settings)[0, len(head) :]
+            assert ids[: len(single)] == single.tolist()
+
+
+def test_prompt_and_option_are_tokenized_as_one_text(shared):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/mistral-v1")
+    model, prompt = tiny_llama(vocab_size=32_000), evaluation_prompt({"instruction": "is it?", "input": ""}, "official")
+    pairs = [(prompt, f"{ANSWER_PREFIX} {word}") for word in ("true", "false")]
+    for pair, own in zip(pairs, option_scores(model, [make_item(tokenizer, pairs, None)])[0].tolist()):
+        assert own == pytest.approx(alone(model, tokenizer, *pair), abs=1e-3)
+        glued = tokenizer(pair[0]).input_ids + tokenizer(pair[1], add_special_tokens=False).input_ids
+        assert glued != tokenizer("".join(pair)).input_ids  # the published prompt's last spaces are other tokens there
+
+
+def test_long_prompts_are_cut_at_their_beginning_and_counted(stories):
+    model, tokenizer, _ = stories
+    rows = rows_of(stories, "hellaswag", 12, start=9000)
+    graded = grade_rows(model, tokenizer, "hellaswag", rows, batch_size=4)
+    texts = [evaluation_prompt(row) + ANSWER_PREFIX for row in rows]
+    assert [g["shortened"] for g in graded] == [len(tokenizer(text + " ending1").input_ids) > 512 for text in texts]
+    assert any(g["shortened"] for g in graded)
+    for row, text in zip(rows, texts):
+        item = make_item(tokenizer, choice_pairs(row, "hellaswag", "plain"), 512)
+        read = tokenizer.decode(item.head, skip_special_tokens=True)
+        assert len(item.head) + max(map(len, item.tails)) <= 512 and text.startswith(read) == (not item.shortened)
+        assert "Answer format: ending1/ending2/ending3/ending4" in read
+    assert len(grade_rows(model, tokenizer, "hellaswag", rows[:4], "generate")) == 4  # room to write is left
+
+
+def test_stopping_at_the_first_match_changes_no_prediction(stories):
+    model, tokenizer = stories[0].base_model.model, stories[1]
+    prompts = [f"{word} and " for word in ("Once upon a time", "It was true", "The cat said", "one two")]
+    whole, stopped = (write(model, tokenizer, prompts, task) for task in (None, "boolq"))
+    assert [parse_answer(text, "boolq") for text in stopped] == [parse_answer(text, "boolq") for text in whole]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_modules_keep_their_own_mode(stories, protocol):
+    model, tokenizer, _ = stories
+    model.train()
+    for module in [*model.modules()][5::7]:
+        module.training = False
+    before = [module.training for module in model.modules()]
+    grade_rows(model, tokenizer, "boolq", rows_of(stories, "boolq", 2), protocol, "official")
+    assert [module.training for module in model.modules()] == before
+
+
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def lm_eval_results(stories):
+    "Every task by lm-eval, which is given the adapted model as an object: samples and results by (protocol, task)."
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install d2mora[eval]")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    model, tokenizer, data = stories
+    metadata = {"data": data, "limit": ROWS}
+    manager = TaskManager(include_path=scoring.lm_eval_tasks(), include_defaults=False, metadata=metadata)
+    names = {(p, t): f"d2mora_{p}_{t.lower().replace('-', '_')}" for p in ("choice", "content") for t in TASKS}
+    lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=8, max_length=512)
+    found = lm_eval.simple_evaluate(lm, tasks=list(names.values()), task_manager=manager, bootstrap_iters=0)
+    samples = {key: sorted(found["samples"][name], key=lambda s: s["doc_id"]) for key, name in names.items()}
+    return samples, {key: found["results"][name] for key, name in names.items()}
+
+
+@pytest.mark.parametrize("protocol", ["choice", "content"])
+@pytest.mark.parametrize("task", TASKS)
+def test_lm_eval_gives_the_same_accuracy(stories, lm_eval_results, task, protocol):
+    model, tokenizer, _ = stories
+    graded = grade_rows(model, tokenizer, task, rows_of(stories, task, ROWS), protocol)
+    samples = lm_eval_results[0][protocol, task]
+    fits = [(s, g) for s, g in zip(samples, graded, strict=True) if not g["shortened"]]
+    assert len(samples) == ROWS and len(fits) >= ROWS // 4
+    for s, g in fits:
+        assert s["acc"] == g["right"]
+        assert [float(r[0]) for r in s["filtered_resps"]] == pytest.approx([*g["scores"].values()], abs=2e-3)
+        assert s.get("acc_norm") in (None, g["predicted_by_length"] == g["answer"])
+    if len(fits) == ROWS:
+        accuracy = sum(g["right"] for g in graded) / ROWS
+        assert lm_eval_results[1][protocol, task]["acc,none"] == pytest.approx(accuracy)
