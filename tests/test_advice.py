@@ -13,7 +13,6 @@ from d2mora.cli import explained, main
 from d2mora.data import read_file
 from d2mora.plan import GPUS, GiB, Plan, fits
 from d2mora.recipe import load_base, load_recipe
-from d2mora.train import reading
 from d2mora.toy import toy_base, toy_rows
 from d2mora.train import check_device, train
 
@@ -81,12 +80,6 @@ def test_too_long_a_prompt_in_grading_is_not_blamed_on_the_cutoff(tmp_path, caps
 def test_a_gpu_that_is_missing(training, part, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ValueError, match=part): check_device(training)
-
-
-def test_a_checkpoint_is_not_blamed_for_memory_or_access():
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), PermissionError(13, "Permission denied")):
-        with pytest.raises(type(error)), reading("checkpoint-4"): raise error
-    with pytest.raises(ValueError, match="move it away"), reading("checkpoint-4"): raise EOFError
 
 
 CAUSES = {

@@ -78,7 +78,7 @@ def test_a_file_that_changed_within_its_old_time_is_read_anew(tmp_path):
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
-    code = f"import pathlib, os, signal\nfrom d2mora.runs import locked\nwith locked(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
+    code = f"import pathlib, os, signal\nfrom d2mora.utils import locked\nwith locked(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
     assert program(code, {}, call=exec).returncode == -signal.SIGKILL and (tmp_path / LOCK).exists() and begun(tmp_path)
     with locked(tmp_path):
         with pytest.raises(ValueError, match="another process is writing"), locked(tmp_path):

@@ -73,7 +73,7 @@ def test_the_model_card_is_filled(tmp_path):
     total = sum(tensor.numel() for tensor in weights(run).values())
     routers = sum(tensor.numel() for name, tensor in weights(run).items() if "_router_" in name)
     before, after = validation_losses(run)["boolq"]
-    for part in (f"{total:,} trained, of which {routers:,} in routers", "num_up_experts 8", "boolq", "cutoff 128", "max_steps 6", f"tokens {metrics[-1]['tokens']}",
+    for part in (f"{total:,} trained, of which {routers:,} in routers", "num_up_experts: 8", "boolq", "cutoff: 128", "max_steps: 6", f"tokens {metrics[-1]['tokens']}",
                  f"boolq {before:.3f} → {after:.3f}", "import d2mora  # registers", "library_name: peft", "Not graded yet"):  # fmt: skip
         assert part in card, part
     assert "More Information Needed" not in card and str(tmp_path) not in card
