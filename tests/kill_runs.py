@@ -91,7 +91,7 @@ def main(folder):
     gc.freeze()
     fork, _ = start(folder / "whole", folder / "data", resume=False)
     assert fork.wait() == 0, fork.said()
-    points = (*POINTS, "optimizer.pt")
+    points = (*POINTS, "optimizer.pt", "rng_state.pth", "trainer_state.json")
     plan = [None, *[point for pair in zip(points, [None] * 10) for point in pair]][:20]
     kills = [kill_once(folder / "killed", folder / "data", point, chance) for point in plan]
     before, _ = newest(folder / "killed")

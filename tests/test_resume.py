@@ -290,7 +290,7 @@ def test_one_process_writes_into_a_folder(tmp_path, capsys):
         with pytest.raises(ValueError, match="another process is writing"):
             train(recipe(), tmp_path / "run", resume=True)
 
-    train(recipe(training__max_steps=2), tmp_path / "run", [At(1, second)])
+    train(recipe(), tmp_path / "run", [At(1, second)])
     assert (tmp_path / "run" / "adapter").exists()
 
 
