@@ -315,7 +315,7 @@ def check_data(
                 f"({was['rows']} rows then, {now['rows']} now): put the earlier file back, or name another folder"
             )
 
-# %% ../nbs/10_training.ipynb #a9ff43d7
+# %% ../nbs/10_training.ipynb #64896488
 def metric_line(
     step: int,  # optimizer steps done
     logs: dict,  # as the Trainer logs them
@@ -333,17 +333,18 @@ def metric_line(
 class RunFolder(TrainerCallback):
     "Writes recipe, data fingerprint and metrics of a run; the best checkpoint is looked for in this folder."
 
+    summary = ""  # printed once optimizer, schedule and batches are made
+
     def __init__(self, output: Path, recipe: Recipe, fingerprint: dict):
         self.output, self.recipe, self.fingerprint = output, recipe, fingerprint
 
-    def on_train_begin(
-        self, args, state, control, **kwargs
-    ):  # optimizer, schedule and batches were made without an error
+    def on_train_begin(self, args, state, control, **kwargs):
         self.first = state.global_step
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have been moved
         if not state.is_world_process_zero:
             return
+        print(self.summary, file=sys.stderr)
         lines = [metric_line(logs["step"], logs) for logs in state.log_history]  # a resumed run: the checkpoint's
         recipe = yaml.safe_dump(asdict(self.recipe), sort_keys=False, allow_unicode=True)
         write_text(self.output / "recipe.yaml", recipe)
@@ -639,11 +640,11 @@ def training_arguments(
     with before_writing(output):
         return TrainingArguments(**usual | training | ours | sampling_arguments(recipe.data))
 
-# %% ../nbs/10_training.ipynb #671f98c5
+# %% ../nbs/10_training.ipynb #5e30bc40
 def make_trainer(
     recipe: Recipe,  # what to train
     rows: "Dataset",  # from `read_rows`
-    output: Path,  # the run folder
+    folder: RunFolder,  # writes what the run leaves
     args: TrainingArguments,  # from `training_arguments`
     callbacks: Iterable[TrainerCallback] = (),  # more callbacks
 ) -> D2MoraTrainer:  # ready to train
@@ -654,16 +655,15 @@ def make_trainer(
     if recipe.data.sampling == "packed":
         check_packing(model)
     logits_where_graded(model)
-    data = {"train_dataset": ready.train, "eval_dataset": ready.validation or None}
-    with before_writing(output):
+    folder.summary = f"{counts_table(ready.counts, recipe.data)}\n{global_batch(args)}"
+    data = {"train_dataset": ready.train, "eval_dataset": ready.validation or None, "compute_metrics": mean_loss}
+    with before_writing(folder.output):
         trainer = D2MoraTrainer(
-            model, args, collator_for(tokenizer), compute_metrics=mean_loss, callbacks=list(callbacks), **data
+            model, args, collator_for(tokenizer), callbacks=[*callbacks, folder, ProgressBar()], **data
         )
     trainer.add_callback(FiniteGradients(trainer))
     for theirs in (DEFAULT_PROGRESS_CALLBACK, transformers.PrinterCallback):
         trainer.remove_callback(theirs)
-    if main_process():
-        print(f"{counts_table(ready.counts, recipe.data)}\n{global_batch(args)}", file=sys.stderr)
     return trainer
 
 
@@ -733,7 +733,7 @@ def fit(
     if trainer.eval_dataset and (earlier or not validated):
         trainer.evaluate()
 
-# %% ../nbs/10_training.ipynb #0c924dc6
+# %% ../nbs/10_training.ipynb #82e5555a
 def train(
     recipe: Recipe,  # what to train, from `load_recipe`
     output: str | Path,  # the run folder to make
@@ -752,8 +752,7 @@ def train(
             return output
         args, stopper = training_arguments(recipe, output), Stopper()
         checkpoint = begin_from(output, args) if resume else None
-        folder = RunFolder(output, recipe, fingerprint)
-        trainer = make_trainer(recipe, rows, output, args, [stopper, *callbacks, folder, ProgressBar()])
+        trainer = make_trainer(recipe, rows, RunFolder(output, recipe, fingerprint), args, [stopper, *callbacks])
         trainer.accelerator.wait_for_everyone()
         fit(trainer, stopper, checkpoint)
         save_adapter(trainer, output)
