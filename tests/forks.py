@@ -11,7 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg",
+}
 
 import datasets
 import peft
@@ -125,15 +131,33 @@ def half(real, what, path, *args, **kwargs):
     os.truncate(path, os.path.getsize(path) // 2)
 
 
-POINTS = ("weights", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "rotating")
+POINTS = (
+    "weights",
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "rotating",
+)
 
 
 def arm(point, wanted):
     "Let this process die at a point of the checkpoint write that is `wanted`, or of the first that gets there."
     if point == "weights":
-        die_when(peft.PeftModel, "save_pretrained", lambda model, folder, *_: str(folder).endswith(wanted), lambda real, model, folder, **_: (Path(folder) / "adapter_model.safetensors").write_bytes(b"half"))
+        die_when(
+            peft.PeftModel,
+            "save_pretrained",
+            lambda model, folder, *_: str(folder).endswith(wanted),
+            lambda real, model, folder, **_: (Path(folder) / "adapter_model.safetensors").write_bytes(b"half"),
+        )
     elif point == "trainer_state.json":
-        die_when(transformers.TrainerState, "save_to_json", lambda state, path: wanted in path, lambda real, state, path: Path(path).write_text('{"global_step": '))
+        die_when(
+            transformers.TrainerState,
+            "save_to_json",
+            lambda state, path: wanted in path,
+            lambda real, state, path: Path(path).write_text('{"global_step": '),
+        )
     elif point == "rotating":
         step = lambda path: int(str(path).rpartition("-")[2])
         old = lambda path, *_: "checkpoint-" in str(path) and step(path) < step(wanted) - 4 and Path(path).exists()

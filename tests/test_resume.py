@@ -154,7 +154,10 @@ def test_sigterm_and_resume_give_the_uninterrupted_run(keys, stop, step, tmp_pat
     assert f"go on from checkpoint-{step}" in capsys.readouterr().err
     expected = validated if keys else whole
     assert equal(weights(tmp_path / "run/adapter"), weights(expected / "adapter"))
-    held = [[(m["step"], m["eval_loss"]) for m in read_metrics(run) if "eval_loss" in m] for run in (tmp_path / "run", expected)]
+    held = [
+        [(m["step"], m["eval_loss"]) for m in read_metrics(run) if "eval_loss" in m]
+        for run in (tmp_path / "run", expected)
+    ]
     assert held[0] == held[1]
 
 
@@ -255,7 +258,11 @@ def one_line(capsys, *words):
 
 FULL = {
     "torch": (torch, "save", OSError(errno.ENOSPC, "No space left on device")),
-    "zip writer": (torch, "save", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore")),
+    "zip writer": (
+        torch,
+        "save",
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore"),
+    ),
     "weights": (peft.PeftModel, "save_pretrained", safetensors.SafetensorError("I/O error: No space left on device")),
 }
 
@@ -319,12 +326,16 @@ def infinite_gradient(model):
     next(p for name, p in model.named_parameters() if "d2mora_A" in name).register_hook(lambda grad: grad * torch.inf)
 
 
-@pytest.mark.parametrize("spoil, what, rows", [(nan_weights, "loss is nan", 2), (infinite_gradient, "gradient norm is", 4)])
+@pytest.mark.parametrize(
+    "spoil, what, rows", [(nan_weights, "loss is nan", 2), (infinite_gradient, "gradient norm is", 4)]
+)
 def test_what_is_not_finite_stops_the_run(spoil, what, rows, tmp_path):
     with pytest.raises(FloatingPointError) as error:
         train(recipe(training__gradient_accumulation_steps=2), tmp_path / "run", [At(5, spoil)])
     text = str(error.value)
     assert "step 6: the " + what in text and "lower training.learning_rate" in text and "\n" not in text
     named = text.split("number): ")[1].split(";")[0].split(", ")  # of the micro-batch, or of the whole step
-    assert len(named) == rows and all(name.split()[0] in ("boolq", "piqa") and name.split()[1].isdigit() for name in named)
+    assert len(named) == rows and all(
+        name.split()[0] in ("boolq", "piqa") and name.split()[1].isdigit() for name in named
+    )
     assert steps(tmp_path / "run") == [2, 4] and not (tmp_path / "run" / "adapter").exists()
