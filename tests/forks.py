@@ -24,10 +24,6 @@ import peft
 import torch
 import transformers
 
-import d2mora.cli
-import d2mora.compare
-import d2mora.export
-import d2mora.analysis
 
 datasets.disable_progress_bars()
 PIPE = 2**20  # bytes that a fork may say before somebody listens

@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import random
-import signal
 import sys
 import time
 from pathlib import Path
