@@ -29,6 +29,7 @@ from forks import POINTS, Fork, arm, watch
 
 import d2mora
 from d2mora.recipe import load_base
+from d2mora.train import defect
 from d2mora.utils import write_text
 from d2mora.toy import toy_rows
 
@@ -155,7 +156,8 @@ class Place:
         there, here = tree(self.kept / name), tree(self.run) if self.run.exists() else {}
         final = {path: content for path, content in here.items() if path in there and not any(part.startswith(".") or ".tmp" in part for part in Path(path).parts)}
         settled = ("safetensors", "adapter_config.json", "recipe.yaml", "data.json", ".pt", ".pth", "export.json", *["trainer_state.json"] * (not stopped))
-        return [path for path, content in final.items() if path.endswith(settled) and not alike(path, there[path], content)]
+        torn = [str(folder.relative_to(self.run)) + "/" for folder in self.run.glob("checkpoints/checkpoint-*") if defect(folder)]  # left out on resuming
+        return [path for path, content in final.items() if path.endswith(settled) and not path.startswith(tuple(torn)) and not alike(path, there[path], content)]
 
 
 def command(line, case, rank, port, inside):

@@ -27,8 +27,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from d2mora.data import plain, read_task
 from d2mora.scoring import content_pairs
-from d2mora.train import SafeTrainer, Stopper, last_checkpoint, listening
-from d2mora.train import ProgressBar
+from d2mora.train import D2MoraTrainer, ProgressBar, Stopper, last_checkpoint, listening
 from d2mora.utils import publish, write_text
 from d2mora.tasks import TASKS, row_answers, training_prompt
 
@@ -116,7 +115,7 @@ def trainer_for(model, rows: datasets.Dataset, work: Path) -> SafeTrainer:
     args = TrainingArguments(output_dir=str(work), max_steps=max(1, len(rows) // ROWS), per_device_train_batch_size=ROWS, learning_rate=3e-3, lr_scheduler_type="cosine",
                              warmup_steps=min(100, len(rows) // ROWS // 10), weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, seed=0, logging_steps=25,
                              save_steps=200, save_total_limit=1, report_to="none", use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False)
-    trainer = SafeTrainer(model, args, train_dataset=rows, data_collator=default_data_collator, callbacks=[ProgressBar()])
+    trainer = D2MoraTrainer(model, args, train_dataset=rows, data_collator=default_data_collator, callbacks=[ProgressBar()])
     for theirs in (DEFAULT_PROGRESS_CALLBACK, transformers.PrinterCallback): trainer.remove_callback(theirs)
     return trainer
 

@@ -11,17 +11,19 @@ import sys
 import time
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "agg",
+}
 
 import datasets
 import peft
 import torch
 import transformers
 
-import d2mora.cli
-import d2mora.compare
-import d2mora.export
-import d2mora.analysis
 
 datasets.disable_progress_bars()
 PIPE = 2**20  # bytes that a fork may say before somebody listens
@@ -125,20 +127,36 @@ def half(real, what, path, *args, **kwargs):
     os.truncate(path, os.path.getsize(path) // 2)
 
 
-POINTS = ("weights", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "whole", "renamed", "rotating")
+POINTS = (
+    "weights",
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "rotating",
+)
 
 
 def arm(point, wanted):
     "Let this process die at a point of the checkpoint write that is `wanted`, or of the first that gets there."
     if point == "weights":
-        die_when(peft.PeftModel, "save_pretrained", lambda model, folder, *_: str(folder).endswith(wanted), lambda real, model, folder, **_: (Path(folder) / "adapter_model.safetensors").write_bytes(b"half"))
+        die_when(
+            peft.PeftModel,
+            "save_pretrained",
+            lambda model, folder, *_: str(folder).endswith(wanted),
+            lambda real, model, folder, **_: (Path(folder) / "adapter_model.safetensors").write_bytes(b"half"),
+        )
     elif point == "trainer_state.json":
-        die_when(transformers.TrainerState, "save_to_json", lambda state, path: wanted in path, lambda real, state, path: Path(path).write_text('{"global_step": '))
-    elif point == "whole":
-        die_when(os, "replace", lambda old, new: str(new).endswith(wanted))
-    elif point == "renamed":
-        die_when(os, "replace", lambda old, new: str(new).endswith(wanted), lambda real, old, new: real(old, new))
+        die_when(
+            transformers.TrainerState,
+            "save_to_json",
+            lambda state, path: wanted in path,
+            lambda real, state, path: Path(path).write_text('{"global_step": '),
+        )
     elif point == "rotating":
-        die_when(shutil, "rmtree", lambda path, *_: str(path).endswith(".leaving") and Path(path).exists(), lambda real, path, *_, **__: next(Path(path).glob("*.pt")).unlink())
+        step = lambda path: int(str(path).rpartition("-")[2])
+        old = lambda path, *_: "checkpoint-" in str(path) and step(path) < step(wanted) - 4 and Path(path).exists()
+        die_when(shutil, "rmtree", old, lambda real, path, *_, **__: next(Path(path).glob("*.pt")).unlink())
     else:
         die_when(torch, "save", lambda what, path, *_: wanted in str(path) and str(path).endswith(point), half)

@@ -51,8 +51,10 @@ def train(model, part=slice(None), attach=d2mora.attach_orthogonality):
         batch = tokens(rows=4, seed=step)[part]
         loss = model(batch, labels=batch).loss
         loss.backward()
-        if isinstance(model, FullyShardedDataParallel): model.clip_grad_norm_(1.0)
-        else: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if isinstance(model, FullyShardedDataParallel):
+            model.clip_grad_norm_(1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
@@ -83,7 +85,10 @@ def main(folder):
     (one, one_grad), (two, two_grad) = loss_and_gradients(single), loss_and_gradients(split)
     expected, losses = train(single), train(split, part)
     dist.all_reduce(losses)
-    wrong = {name: train_control(shard(adapted(weight), mesh), part, attach) for name, weight, attach in (("twice", LAMBDA, twice), ("none", 0.0, d2mora.attach_orthogonality))}
+    wrong = {
+        name: train_control(shard(adapted(weight), mesh), part, attach)
+        for name, weight, attach in (("twice", LAMBDA, twice), ("none", 0.0, d2mora.attach_orthogonality))
+    }
     state = {name: whole(p.detach()) for name, p in split.named_parameters() if p.requires_grad}
     if rank == 0:
         split.save_pretrained(str(folder), state_dict=state)
@@ -108,12 +113,21 @@ def first_version():
     for original in (False, True):
         for weight in (0.0, LAMBDA):
             model = adapted(weight)
-            model = FullyShardedDataParallel(model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=original, device_id=torch.device("cpu"))
-            try: losses = train(model, slice(2 * rank, 2 * rank + 2))
-            except ValueError as error: result["refused"].append(str(error)); continue
+            model = FullyShardedDataParallel(
+                model,
+                auto_wrap_policy=fsdp_auto_wrap_policy(model),
+                use_orig_params=original,
+                device_id=torch.device("cpu"),
+            )
+            try:
+                losses = train(model, slice(2 * rank, 2 * rank + 2))
+            except ValueError as error:
+                result["refused"].append(str(error))
+                continue
             dist.all_reduce(losses)
             result["losses"].append((losses / dist.get_world_size()).tolist())
-    if rank == 0: print(json.dumps(result))
+    if rank == 0:
+        print(json.dumps(result))
     dist.destroy_process_group()
 
 

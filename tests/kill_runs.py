@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from forks import POINTS, Fork, arm
 
 from d2mora.recipe import load_base, load_recipe
 from d2mora.toy import toy_rows
-from d2mora.train import train
+from d2mora.train import defect, train
 
 STEPS, SAVE = 100, 4
 KEYS = {
@@ -59,20 +58,15 @@ def start(run, data, resume, point=None, begin=0):
     return fork, os.fdopen(ours)
 
 
-def aside(run):
-    "When the folder of an unfinished checkpoint was made; None if there is none."
-    folder = run / "checkpoints" / ".writing"
-    return folder.stat().st_ctime_ns if folder.exists() else None
-
-
 def newest(run):
-    "The step of the newest checkpoint, by its name alone."
-    return max((int(p.name.rpartition("-")[2]) for p in run.glob("checkpoints/checkpoint-*")), default=0)
+    "The step of the newest complete checkpoint, and whether there is an incomplete one."
+    found = {int(p.name.rpartition("-")[2]): defect(p) for p in run.glob("checkpoints/checkpoint-*")}
+    return max((step for step, why in found.items() if not why), default=0), any(found.values())
 
 
 def kill_once(run, data, point, chance):
     "Start or resume, let it be killed, and say what was there then."
-    before, left = newest(run), aside(run)
+    before, _ = newest(run)
     fork, reports = start(run, data, resume=run.exists(), point=point, begin=before)
     begin, last = None, 0
     target = max(before + chance.randint(1, 6), SAVE + 1)
@@ -82,9 +76,9 @@ def kill_once(run, data, point, chance):
         if not point and last >= target:
             time.sleep(chance.uniform(0, 0.03))
             fork.kill()
-    status = fork.wait()
-    return {"point": point, "began": begin, "expected": before, "last": last, "newest": newest(run), "signal": -status,
-            "writing": aside(run) not in (None, left), "finished": (run / "adapter").exists()}  # fmt: skip
+    status, (step, torn) = fork.wait(), newest(run)
+    return {"point": point, "began": begin, "expected": before, "last": last, "newest": step, "signal": -status,
+            "writing": torn, "finished": (run / "adapter").exists()}  # fmt: skip
 
 
 def main(folder):
@@ -96,10 +90,10 @@ def main(folder):
     gc.freeze()
     fork, _ = start(folder / "whole", folder / "data", resume=False)
     assert fork.wait() == 0, fork.said()
-    points = (*POINTS, "optimizer.pt")
+    points = (*POINTS, "optimizer.pt", "rng_state.pth", "trainer_state.json")
     plan = [None, *[point for pair in zip(points, [None] * 10) for point in pair]][:20]
     kills = [kill_once(folder / "killed", folder / "data", point, chance) for point in plan]
-    before = newest(folder / "killed")
+    before, _ = newest(folder / "killed")
     fork, reports = start(folder / "killed", folder / "data", resume=True)
     last = {"began": int(next(reports).split()[1]), "expected": before, "status": fork.wait()}
     print(json.dumps({"kills": kills, "last": last, "steps": STEPS}))

@@ -13,8 +13,11 @@ import tempfile
 from pathlib import Path
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-SERVER = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
-if SERVER.get_start_method() == "forkserver": SERVER.set_forkserver_preload(["d2mora.cli", "d2mora.compare", "d2mora.export", "d2mora.analysis", "d2mora.plan"])
+SERVER = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
+if SERVER.get_start_method() == "forkserver":
+    SERVER.set_forkserver_preload(["d2mora.cli", "d2mora.compare", "d2mora.export", "d2mora.analysis", "d2mora.plan"])
 
 
 def command(*words):
@@ -40,11 +43,14 @@ class Program:
     def __init__(self, *words, call=command, cwd=".", stdin="", env=None, output=None):
         self.folder = tempfile.TemporaryDirectory()
         folder = Path(self.folder.name)
-        for name in ("in", "out", "err"): (folder / name).write_text(stdin if name == "in" else "")
+        for name in ("in", "out", "err"):
+            (folder / name).write_text(stdin if name == "in" else "")
         before = dict(os.environ)
         os.environ.update(ENVIRONMENT)  # for the server, if it is not there yet
         try:
-            self.process = SERVER.Process(target=work, args=(call, words, folder, os.path.abspath(cwd), (env or before) | ENVIRONMENT, output))
+            self.process = SERVER.Process(
+                target=work, args=(call, words, folder, os.path.abspath(cwd), (env or before) | ENVIRONMENT, output)
+            )
             self.process.start()
         finally:
             os.environ.clear(), os.environ.update(before)
@@ -53,7 +59,8 @@ class Program:
         return self.process.exitcode
 
     def send_signal(self, number):
-        if self.poll() is None: os.kill(self.process.pid, number)
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
 
     def communicate(self, timeout=300):
         "What it said, at its end."

@@ -27,7 +27,9 @@ HABITS = {  # what a base's generation_config may ask for, which no protocol ask
     "bad words": dict(bad_words_ids=[[i] for i in range(3, 200)]),
     "bias": dict(sequence_bias=[[[i], -50.0] for i in range(3, 150)]),
     "forced": dict(forced_bos_token_id=40, forced_eos_token_id=41),
-    "beams": dict(length_penalty=-5.0, early_stopping="never", num_return_sequences=1, exponential_decay_length_penalty=[2, 1.5]),
+    "beams": dict(
+        length_penalty=-5.0, early_stopping="never", num_return_sequences=1, exponential_decay_length_penalty=[2, 1.5]
+    ),
     "sampling": dict(do_sample=True, temperature=9.0, top_k=3),
     "guidance": dict(guidance_scale=3.0),
     "no cache": dict(use_cache=False, cache_implementation="static"),
@@ -50,13 +52,19 @@ def test_a_base_does_not_say_how_it_is_graded(habit, plain_texts, tmp_path):
     prompts, expected = plain_texts
     for model in (base, peft.get_peft_model(base, our_config())):
         assert [write(model, tokenizer, prompts, num_beams=beams) for beams in (1, 4)] == expected
-        assert all(getattr(model.generation_config, name) == value for name, value in HABITS[habit].items() if name != "sequence_bias")
+        assert all(
+            getattr(model.generation_config, name) == value
+            for name, value in HABITS[habit].items()
+            if name != "sequence_bias"
+        )
 
 
 def test_what_a_protocol_writes_with_stands_in_the_settings():
     for protocol, beams in (("choice", 0), ("generate", 1), ("official", 4)):
         written = settings_of(*load_base("toy"), protocol, "plain").get("generation")
-        assert written == ({"max_new_tokens": 32, "do_sample": False, "num_beams": beams, "eos_token_id": 2} if beams else None)
+        assert written == (
+            {"max_new_tokens": 32, "do_sample": False, "num_beams": beams, "eos_token_id": 2} if beams else None
+        )
 
 
 LONGER = "has 350 tokens (the last is '[PAD]'), but its base has 349 rows of embeddings: save the base again after model.resize_token_embeddings(350)"
@@ -87,6 +95,11 @@ def test_an_adapters_own_tokenizer_is_the_one_it_is_graded_and_exported_with(tmp
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy_base())
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(40)
     tokenizer.save_pretrained(tmp_path / "adapter")
-    assert evaluate(tmp_path / "adapter", None, "generate", ["boolq"], 2, "toy", progress=False)["settings"]["generation"]["eos_token_id"] == 40
+    assert (
+        evaluate(tmp_path / "adapter", None, "generate", ["boolq"], 2, "toy", progress=False)["settings"]["generation"][
+            "eos_token_id"
+        ]
+        == 40
+    )
     export(tmp_path / "adapter", tmp_path / "lora", data="toy", tasks=["boolq"], rows=2, limit=2)
     assert load_target(tmp_path / "lora")[1].eos_token_id == 40

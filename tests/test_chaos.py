@@ -33,8 +33,19 @@ def script(name):
 
 
 def test_eight_faults(tmp_path):
-    words = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--faults", "8", "--seed", "1", "--output", str(tmp_path / "chaos.json")]
-    done = subprocess.run(words, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=900)
+    words = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "chaos.py"),
+        "--faults",
+        "8",
+        "--seed",
+        "1",
+        "--output",
+        str(tmp_path / "chaos.json"),
+    ]
+    done = subprocess.run(
+        words, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads((tmp_path / "chaos.json").read_text())
     assert seen["faults"] == seen["survived"] == 8 and seen["bytes_lost"] == 0 and len(seen["by_kind"]) == 8
@@ -57,15 +68,26 @@ def test_the_driver_sees_what_is_lost_torn_or_left_over(place):
     assert place.differences("train") == {} and place.half_written("train") == []
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert place.differences("train") == {"adapter/adapter_model.safetensors": len(content)} and place.half_written("train") == ["adapter/adapter_model.safetensors"]
+    assert place.differences("train") == {"adapter/adapter_model.safetensors": len(content)} and place.half_written(
+        "train"
+    ) == ["adapter/adapter_model.safetensors"]
     weights.unlink(), (place.run / ".report.tmp.md").touch()
-    assert place.differences("train") == {"adapter/adapter_model.safetensors": len(content), ".report.tmp.md": 0} and place.half_written("train") == []
+    assert (
+        place.differences("train") == {"adapter/adapter_model.safetensors": len(content), ".report.tmp.md": 0}
+        and place.half_written("train") == []
+    )
 
 
 def test_the_driver_wants_one_line_and_status_two():
     one_line = script("chaos").one_line
     assert one_line(2, "d2mora: it cannot be written\n", "written") is None
-    for status, said in ((1, "d2mora: it cannot be written"), (2, "it cannot be written"), (2, "d2mora: written\nd2mora: twice"), (2, "Traceback\nd2mora: written"), (2, "d2mora: other")):
+    for status, said in (
+        (1, "d2mora: it cannot be written"),
+        (2, "it cannot be written"),
+        (2, "d2mora: written\nd2mora: twice"),
+        (2, "Traceback\nd2mora: written"),
+        (2, "d2mora: other"),
+    ):
         assert one_line(status, said, "written")
 
 
@@ -78,7 +100,7 @@ def test_a_file_that_changed_within_its_old_time_is_read_anew(tmp_path):
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
-    code = f"import pathlib, os, signal\nfrom d2mora.runs import locked\nwith locked(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
+    code = f"import pathlib, os, signal\nfrom d2mora.utils import locked\nwith locked(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
     assert program(code, {}, call=exec).returncode == -signal.SIGKILL and (tmp_path / LOCK).exists() and begun(tmp_path)
     with locked(tmp_path):
         with pytest.raises(ValueError, match="another process is writing"), locked(tmp_path):
@@ -123,14 +145,23 @@ def test_stored_faults_lost_nothing():
 
 def test_stored_memory_is_constant():
     found = stored("leaks")
-    assert all(found[part]["constant"] for part in ("training", "writing", "adapters")) and found["adapters"]["before"] == found["adapters"]["after"]
+    assert (
+        all(found[part]["constant"] for part in ("training", "writing", "adapters"))
+        and found["adapters"]["before"] == found["adapters"]["after"]
+    )
     assert found["left"]["same"] and found["killed"]["left"] == 0
 
 
 def test_stored_determinism_is_what_is_promised():
     found = stored("determinism")
-    assert all(not twice["differing"] and twice["printed_the_same"] for twice in found["twice"].values()) and found["processes"]["graded_rows_equal"]
-    assert found["processes"]["training"]["adapter_relative"] < 1e-4 and found["processes"]["training"]["largest_loss_difference"] < 1e-5
+    assert (
+        all(not twice["differing"] and twice["printed_the_same"] for twice in found["twice"].values())
+        and found["processes"]["graded_rows_equal"]
+    )
+    assert (
+        found["processes"]["training"]["adapter_relative"] < 1e-4
+        and found["processes"]["training"]["largest_loss_difference"] < 1e-5
+    )
 
 
 def test_a_comparison_grades_anew_when_test_rows_changed(tmp_path, monkeypatch):
@@ -140,15 +171,32 @@ def test_a_comparison_grades_anew_when_test_rows_changed(tmp_path, monkeypatch):
     rows, calls = toy_rows("toy", "boolq", "test")[:3], []
     (tmp_path / "boolq").mkdir()
     (tmp_path / "boolq" / "test.json").write_text(json.dumps(rows))
-    graded = [{"task": "boolq", "hash": row_hash(row, "boolq"), "answer": row["answer"], "predicted": row["answer"], "right": True} for row in rows]
+    graded = [
+        {
+            "task": "boolq",
+            "hash": row_hash(row, "boolq"),
+            "answer": row["answer"],
+            "predicted": row["answer"],
+            "right": True,
+        }
+        for row in rows
+    ]
     (tmp_path / "evaluation-choice.jsonl").write_text("".join(json.dumps(own) + "\n" for own in graded))
-    (tmp_path / "evaluation-choice.json").write_text(json.dumps({"limit": None, "average": 1.0, "tasks": {"boolq": {"n": 3}}}))
+    (tmp_path / "evaluation-choice.json").write_text(
+        json.dumps({"limit": None, "average": 1.0, "tasks": {"boolq": {"n": 3}}})
+    )
     monkeypatch.setattr(compare, "evaluate", lambda folder, **keys: calls.append(folder))
-    for changed, expected in ((rows, 0), ([rows[0], rows[1], rows[2] | {"instruction": "So " + rows[2]["instruction"]}], 1), (rows[:2], 2)):
+    for changed, expected in (
+        (rows, 0),
+        ([rows[0], rows[1], rows[2] | {"instruction": "So " + rows[2]["instruction"]}], 1),
+        (rows[:2], 2),
+    ):
         (tmp_path / "boolq" / "test.json").write_text(json.dumps(changed))
         compare.grade(tmp_path, "choice", None, str(tmp_path))
         assert len(calls) == expected
     (tmp_path / "boolq" / "test.json").write_text(json.dumps(rows))
-    (tmp_path / "evaluation-choice.part-0.jsonl").touch()  # a grading that was killed when it was all but finished: its card may be missing
+    (
+        tmp_path / "evaluation-choice.part-0.jsonl"
+    ).touch()  # a grading that was killed when it was all but finished: its card may be missing
     compare.grade(tmp_path, "choice", None, str(tmp_path))
     assert len(calls) == 3

@@ -21,7 +21,12 @@ SMALL = {
     "data.validation_rows": 14, "training.max_steps": 6, "training.warmup_steps": 0, "training.logging_steps": 1, "training.use_cpu": True,
     "training.save_strategy": "steps", "training.save_steps": 3, "training.disable_tqdm": True,
 }  # fmt: skip
-CPU = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+CPU = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "true",
+}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -37,7 +42,9 @@ def words(output, batch):
 
 
 def vector(run):
-    return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(run / "adapter" / "adapter_model.safetensors").items())])
+    return torch.cat(
+        [tensor.flatten() for _, tensor in sorted(load_file(run / "adapter" / "adapter_model.safetensors").items())]
+    )
 
 
 def apart(a, b):
@@ -47,7 +54,16 @@ def apart(a, b):
 def test_two_processes_train_as_one(tmp_path):
     "DDP by torchrun against one process by accelerate's launcher and our shipped file."
     two = run([*TORCHRUN, "-m", "d2mora.cli", *words(tmp_path / "two", 4)])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "one_gpu.yaml", "--cpu", "-m", "d2mora.cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        CONFIGS / "one_gpu.yaml",
+        "--cpu",
+        "-m",
+        "d2mora.cli",
+    ]
     one = run([*launch, *words(tmp_path / "one", 8)])
     assert "a step reads 8 rows: 4 at once, 1 times, in 2 processes" in two.stderr and "in 1 process\n" in one.stderr
     assert two.stderr.count("a step reads") == 1 and two.stdout.count("adapter:") == 1  # rank 0 alone speaks
@@ -76,7 +92,9 @@ def test_fsdp2_sees_whole_experts_and_counts_lambda_once(tmp_path):
 
 def test_fsdp1_trains_the_experts_and_refuses_lambda():
     seen = json.loads(run([*TORCHRUN, Path(__file__).with_name("fsdp_run.py")]).stdout.splitlines()[-1])
-    assert len(seen["losses"]) == 3 and all(abs(a - b) < 1e-5 for losses in seen["losses"][1:] for a, b in zip(losses, seen["losses"][0]))
+    assert len(seen["losses"]) == 3 and all(
+        abs(a - b) < 1e-5 for losses in seen["losses"][1:] for a, b in zip(losses, seen["losses"][0])
+    )
     assert len(seen["refused"]) == 2 and all("use FSDP 2" in text and "\n" not in text for text in seen["refused"])
 
 
@@ -101,4 +119,8 @@ def test_the_fsdp2_file_makes_a_plugin_of_version_2(monkeypatch):
     for key, value in keys.items():  # as the launcher hands them on
         monkeypatch.setenv("FSDP_" + key.removeprefix("fsdp_").upper(), str(value))
     plugin = FullyShardedDataParallelPlugin(fsdp_version=keys["fsdp_version"])
-    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+    assert (
+        plugin.fsdp_version == 2
+        and plugin.reshard_after_forward is True
+        and plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+    )

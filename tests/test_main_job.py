@@ -38,8 +38,15 @@ def data(tmp_path_factory, shared):
 
 def words(data, **more):
     "What the runs here are told."
-    told = {"base": data[1], "data.path": data[0], "data.validation_rows": 140, "training.max_steps": 25, "training.warmup_steps": 5,
-            "training.per_device_train_batch_size": 8, "training.save_strategy": "no"}
+    told = {
+        "base": data[1],
+        "data.path": data[0],
+        "data.validation_rows": 140,
+        "training.max_steps": 25,
+        "training.warmup_steps": 5,
+        "training.per_device_train_batch_size": 8,
+        "training.save_strategy": "no",
+    }
     return [f"{key}={value}" for key, value in (told | more).items()]
 
 
@@ -60,7 +67,15 @@ def test_held_out_loss_falls_on_each_trained_task(run):
 
 
 def test_without_learning_it_does_not(data, tmp_path):
-    still = falls(train(load_recipe("commonsense-mini", words(data, **{"training.learning_rate": 0, "training.max_steps": 2, "training.disable_tqdm": True})), tmp_path / "still"))
+    still = falls(
+        train(
+            load_recipe(
+                "commonsense-mini",
+                words(data, **{"training.learning_rate": 0, "training.max_steps": 2, "training.disable_tqdm": True}),
+            ),
+            tmp_path / "still",
+        )
+    )
     assert set(still) == set(TRAINED) and all(abs(fall) < 1e-6 for fall in still.values()), still
 
 
