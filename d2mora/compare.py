@@ -400,7 +400,7 @@ def last_fifth(curve: list) -> float:
     before = [loss for step, loss in curve if step <= 0.8 * curve[-1][0]][-1]
     return (before - curve[-1][1]) / before
 
-# %% ../nbs/12_comparison.ipynb #551882ad
+# %% ../nbs/12_comparison.ipynb #9cb97b02
 def rows_table(rows: list[dict]) -> str:
     "A table of rows that may lack columns."
     header = list(dict.fromkeys(key for row in rows for key in row))
@@ -475,11 +475,11 @@ def training_table(result: dict) -> str:
         if levels:
             row["fall over last fifth"] = f"{percent(mean(map(last_fifth, curves)))} %"
         for side in own[0]["similarity"]:
-            row[f"{'AB'[side == 'up']}'s |cosine|"] = spread([run["similarity"][side] for run in own], 3)
+            row[f"{'AB'[side == 'up']}'s cosine"] = spread([run["similarity"][side] for run in own], 3)
         rows.append(row)
     return rows_table(rows)
 
-# %% ../nbs/12_comparison.ipynb #b4e7cdd3
+# %% ../nbs/12_comparison.ipynb #93b584a5
 def comparison_report(
     result: dict,  # from `compare`
 ) -> str:  # Markdown
@@ -494,7 +494,7 @@ def comparison_report(
         if any("single" in run for run in runs):
             parts += ["### All tasks at once, or one adapter a task", single_table(result, protocol)]
     parts += [
-        "## Held-out loss (nats per target token) and similarity of experts (mean |cosine|)",
+        "## Held-out loss (nats per target token) and similarity of experts (mean absolute cosine)",
         training_table(result),
     ]
     return "\n\n".join(parts)
