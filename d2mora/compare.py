@@ -6,10 +6,10 @@
 __all__ = ['METHODS', 'BUDGETS', 'SCALINGS', 'CHOOSING_SEEDS', 'SET_ASIDE', 'BASE_GRADES', 'adapter_of', 'trained_parameters',
            'nearest_size', 'equal_size', 'paper_size', 'adapters_at', 'first_step_change', 'varied', 'next_rates',
            'best_rate', 'at_edge', 'held_out_loss', 'choose_rate', 'paired_test', 'paired_tests', 'significance',
-           'by_method', 'points', 'spread', 'grade', 'expert_similarity', 'one_run', 'single_tasks', 'loss_levels',
-           'steps_to_loss', 'last_fifth', 'rows_table', 'settings_table', 'methods_table', 'single_table',
-           'training_table', 'comparison_report', 'draw_comparison', 'before_after_table', 'run', 'check_comparison',
-           'with_curve', 'about_comparison', 'one_job', 'compare']
+           'by_method', 'points', 'spread', 'before_after_table', 'run', 'grade', 'expert_similarity', 'one_run',
+           'single_tasks', 'loss_levels', 'steps_to_loss', 'last_fifth', 'rows_table', 'settings_table',
+           'methods_table', 'single_table', 'training_table', 'comparison_report', 'draw_comparison',
+           'check_comparison', 'with_curve', 'about_comparison', 'one_job', 'compare']
 
 # %% ../nbs/12_comparison.ipynb #c04408aa
 import copy
@@ -305,6 +305,52 @@ def spread(values: list[float], digits: int) -> str:
     "Mean ± standard deviation over runs; a single run shows no deviation."
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
+# %% ../nbs/12_comparison.ipynb #d4909d20
+BASE_GRADES = "before.json"
+
+
+def before_after_table(
+    before: dict,  # of the frozen base, from `evaluate`
+    after: dict,  # of the adapter, from `evaluate`
+) -> str:  # accuracies in percent
+    "For each task: rows, chance, the base, the adapter and its 95 % interval; and the averages."
+    rows, base = [], before["tasks"]
+    for task, t in after["tasks"].items():
+        interval = " - ".join(map(percent, t["interval"]))
+        rows.append(
+            [task, str(t["n"]), percent(t["chance"]), percent(base[task]["accuracy"]), percent(t["accuracy"]), interval]
+        )
+    chance = mean(t["chance"] for t in after["tasks"].values())
+    rows.append(["average", "", percent(chance), percent(before["average"]), percent(after["average"]), ""])
+    return text_table(["task", "n", "chance", "frozen base", "adapter", "95 % interval"], rows)
+
+
+def run(
+    recipe: Recipe,  # what to train, from `load_recipe`
+    output: str | Path,  # the run folder to make
+    callbacks=(),  # more of the Trainer's callbacks
+    resume: bool = False,  # go on with the run that is there
+) -> str:  # the table, and where everything is
+    "Train, grade base and adapter, draw, report; `before.json` is written last."
+    started = time.perf_counter()
+    folder = train(recipe, output, [Watch(), *callbacks], resume=resume)
+    trained = time.perf_counter() - started
+    tasks = own_tasks(data_path(recipe.data), recipe.data.tasks)
+    before = evaluate(base=recipe.base, data=data_path(recipe.data), prompt=recipe.data.prompt, tasks=tasks)
+    after = evaluate(folder, tasks=tasks)
+    places = {
+        "adapter": "adapter/",
+        "losses": "metrics.jsonl",
+        "grades": f"evaluation-choice.json (base: {BASE_GRADES})",
+    }
+    places |= {"every row": "evaluation-choice.jsonl", "report": "report.md"}
+    lines = [f"{what + ':':11}{folder}/{name}" for what, name in places.items()]
+    lines += [f"{'picture:':11}{path}" for path in draw(folder, before, after)]
+    write_text(folder / "report.md", report(folder))
+    write_text(folder / BASE_GRADES, json.dumps(before, indent=1) + "\n")
+    lines.append(f"{'time:':11}{time.perf_counter() - started:.0f} s, {trained:.0f} of them training")
+    return "\n".join([before_after_table(before, after), "", *lines])
+
 # %% ../nbs/12_comparison.ipynb #2c00c100
 def grade(folder: Path, protocol: str, limit: int | None, data: str, wanted: list[str] | None = None) -> dict:
     "The grades that a finished run holds if they are whole and of these rows, or those made now."
@@ -400,7 +446,7 @@ def last_fifth(curve: list) -> float:
     before = [loss for step, loss in curve if step <= 0.8 * curve[-1][0]][-1]
     return (before - curve[-1][1]) / before
 
-# %% ../nbs/12_comparison.ipynb #9cb97b02
+# %% ../nbs/12_comparison.ipynb #0b23283e
 def rows_table(rows: list[dict]) -> str:
     "A table of rows that may lack columns."
     header = list(dict.fromkeys(key for row in rows for key in row))
@@ -419,12 +465,10 @@ def settings_table(
         row["learning rate"] = f"{best:g}" + " (edge)" * at_edge(losses)
         if len(rates) > 1:
             row["tried"] = f"{rates[0]} to {rates[-1]} ({len(rates)})"
-        for name, i in zip(
-            ("loss: next lower", "at the best", "next higher"), range(tried.index(best) - 1, len(rates))
-        ):
-            if len(rates) > 1 and i >= 0:
-                loss = losses[rates[i]]
-                row[name] = "breaks down" if loss is None else f"{loss:.4f}"
+        at = tried.index(best)
+        for name, i in {"loss: next lower": at - 1, "at the best": at, "next higher": at + 1}.items():
+            inside = len(rates) > 1 and 0 <= i < len(rates)
+            row[name] = ("breaks down" if losses[rates[i]] is None else f"{losses[rates[i]]:.4f}") if inside else ""
         if method in changes:
             row[f"first step at {usual:g}"] = f"{changes[method]:.4f}"
             row["first step at own rate"] = f"{changes[method] * best / usual:.4f}"
@@ -524,52 +568,6 @@ def draw_comparison(
     return headline(
         figure, title, "A mark is one run; below it the mean (tick) with its 95 % interval over seeds (line)"
     )
-
-# %% ../nbs/12_comparison.ipynb #d4909d20
-BASE_GRADES = "before.json"
-
-
-def before_after_table(
-    before: dict,  # of the frozen base, from `evaluate`
-    after: dict,  # of the adapter, from `evaluate`
-) -> str:  # accuracies in percent
-    "For each task: rows, chance, the base, the adapter and its 95 % interval; and the averages."
-    rows, base = [], before["tasks"]
-    for task, t in after["tasks"].items():
-        interval = " - ".join(map(percent, t["interval"]))
-        rows.append(
-            [task, str(t["n"]), percent(t["chance"]), percent(base[task]["accuracy"]), percent(t["accuracy"]), interval]
-        )
-    chance = mean(t["chance"] for t in after["tasks"].values())
-    rows.append(["average", "", percent(chance), percent(before["average"]), percent(after["average"]), ""])
-    return text_table(["task", "n", "chance", "frozen base", "adapter", "95 % interval"], rows)
-
-
-def run(
-    recipe: Recipe,  # what to train, from `load_recipe`
-    output: str | Path,  # the run folder to make
-    callbacks=(),  # more of the Trainer's callbacks
-    resume: bool = False,  # go on with the run that is there
-) -> str:  # the table, and where everything is
-    "Train, grade base and adapter, draw, report; `before.json` is written last."
-    started = time.perf_counter()
-    folder = train(recipe, output, [Watch(), *callbacks], resume=resume)
-    trained = time.perf_counter() - started
-    tasks = own_tasks(data_path(recipe.data), recipe.data.tasks)
-    before = evaluate(base=recipe.base, data=data_path(recipe.data), prompt=recipe.data.prompt, tasks=tasks)
-    after = evaluate(folder, tasks=tasks)
-    places = {
-        "adapter": "adapter/",
-        "losses": "metrics.jsonl",
-        "grades": f"evaluation-choice.json (base: {BASE_GRADES})",
-    }
-    places |= {"every row": "evaluation-choice.jsonl", "report": "report.md"}
-    lines = [f"{what + ':':11}{folder}/{name}" for what, name in places.items()]
-    lines += [f"{'picture:':11}{path}" for path in draw(folder, before, after)]
-    write_text(folder / "report.md", report(folder))
-    write_text(folder / BASE_GRADES, json.dumps(before, indent=1) + "\n")
-    lines.append(f"{'time:':11}{time.perf_counter() - started:.0f} s, {trained:.0f} of them training")
-    return "\n".join([before_after_table(before, after), "", *lines])
 
 # %% ../nbs/12_comparison.ipynb #c1e7313b
 def check_comparison(recipe: Recipe, methods, seeds, protocols, rates, limit: int | None, single: bool) -> None:
