@@ -24,6 +24,7 @@ def data(tmp_path_factory, shared):
     folder = tmp_path_factory.mktemp("data")
     for task in TASKS:
         (folder / task).mkdir()
+        tests = []
         for split in ("test", "train") if task != "hellaswag" else ("test",):
             rows = read_task(str(shared / "data"), task, split).remove_columns(["task", "row"]).to_list()
             tests = rows if split == "test" else tests
