@@ -1,4 +1,4 @@
-"""The ideas of neighbouring methods, written as pairings in notebook 12d, trained on the easy toy world beside ours.
+"""The ideas of neighbouring methods, written as pairings in the appendix nbs/c_related.ipynb, trained on the easy toy world beside ours.
 
     python benchmarks/neighbours.py nbs/results/neighbours-toy.json
 
@@ -6,6 +6,7 @@ The pairings are read from the notebook: its cells that say so are run here. Eac
 recipe `demo`, cut to the same steps, with the same seeds, graded on as many rows. Nothing was tuned for any of them. Finished runs
 stand in the output file and are not trained again.
 """
+
 import argparse
 import json
 import tempfile
@@ -32,37 +33,75 @@ from d2mora.train import train
 from d2mora.tuner import PAIRINGS
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "c_related.ipynb"
-GIVEN = dict(torch=torch, Tensor=Tensor, replace=replace, mix_down=mix_down, mix_up=mix_up, one_to_one=one_to_one,
-             one_to_many=one_to_many, many_to_many=many_to_many, PAIRINGS=PAIRINGS)
+GIVEN = dict(
+    torch=torch,
+    Tensor=Tensor,
+    replace=replace,
+    mix_down=mix_down,
+    mix_up=mix_up,
+    one_to_one=one_to_one,
+    one_to_many=one_to_many,
+    many_to_many=many_to_many,
+    PAIRINGS=PAIRINGS,
+)
+
 
 def ideas() -> dict:
     "Run the notebook's marked cells; what they define."
-    cells = [c.source for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.source.startswith("# benchmarks/neighbours.py runs this cell too")]
-    for source in cells: exec(source, GIVEN)
+    cells = [
+        c.source
+        for c in nbformat.read(NOTEBOOK, as_version=4).cells
+        if c.source.startswith("# benchmarks/neighbours.py runs this cell too")
+    ]
+    for source in cells:
+        exec(source, GIVEN)
     return GIVEN
 
-class Hand(transformers.TrainerCallback):
-    "Does to the model what an idea needs besides its pairing, and keeps hold of it."
 
-    def __init__(self, besides): self.besides = besides
+class Hand(transformers.TrainerCallback):
+    "Does to the model what an idea needs besides its pairing, and keeps the model."
+
+    def __init__(self, besides):
+        self.besides = besides
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.model = model
-        with torch.no_grad(): self.besides(model)
+        with torch.no_grad():
+            self.besides(model)
+
 
 def measured(recipe, name: str, given: dict, seed: int) -> dict:
     "Train one idea once and grade it in memory: an adapter with a pairing of a notebook can be loaded nowhere else."
     _, M, N, r = given["IDEAS"][name]
-    adapter = recipe.adapter | dict(pairing=name, num_down_experts=M, num_up_experts=N, r=r, lora_alpha=r * recipe.adapter["lora_alpha"] / recipe.adapter["r"],
-                                    orthogonality_weight=0.0) | given["FIELDS"].get(name, {})
+    adapter = (
+        recipe.adapter
+        | dict(
+            pairing=name,
+            num_down_experts=M,
+            num_up_experts=N,
+            r=r,
+            lora_alpha=r * recipe.adapter["lora_alpha"] / recipe.adapter["r"],
+            orthogonality_weight=0.0,
+        )
+        | given["FIELDS"].get(name, {})
+    )
     hand = Hand(given["BESIDES"].get(name, lambda model: None))
     with tempfile.TemporaryDirectory() as folder:
         left = left_plateau(train(varied(recipe, adapter, seed=seed), Path(folder) / "run", [hand]))
     model, tokenizer = hand.model.eval(), load_base(recipe.base)[1]
-    right = {task: [g["right"] for g in grade_rows(model, tokenizer, task, rows)] for task, rows in test_rows(data_path(recipe.data), None, LIMIT).items()}
+    right = {
+        task: [g["right"] for g in grade_rows(model, tokenizer, task, rows)]
+        for task, rows in test_rows(data_path(recipe.data), None, LIMIT).items()
+    }
     tasks = {task: sum(own) / len(own) for task, own in right.items()}
-    return {"seed": seed, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "average": sum(tasks.values()) / len(tasks), "tasks": tasks, "left_plateau": left}
+    return {
+        "seed": seed,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "average": sum(tasks.values()) / len(tasks),
+        "tasks": tasks,
+        "left_plateau": left,
+    }
+
 
 def main():
     "Command line."
@@ -74,10 +113,18 @@ def main():
     found = json.loads(args.output.read_text())["ideas"] if args.output.is_file() else {}
     for seed, name in product(SEEDS, given["IDEAS"]):
         runs = found.setdefault(name, [])
-        if seed not in [run["seed"] for run in runs]: runs.append(measured(recipe, name, given, seed))
-        about = about_comparison(recipe, "equal", LIMIT) | {"command": f"python benchmarks/neighbours.py {args.output}", "plateau": PLATEAU}
+        if seed not in [run["seed"] for run in runs]:
+            runs.append(measured(recipe, name, given, seed))
+        about = about_comparison(recipe, "equal", LIMIT) | {
+            "command": f"python benchmarks/neighbours.py {args.output}",
+            "plateau": PLATEAU,
+        }
         write_text(args.output, json.dumps(about | {"ideas": found}, indent=1) + "\n")
-        print(f"{name}, seed {seed}: {100 * runs[-1]['average']:.1f}, off the plateau at step {runs[-1]['left_plateau']}", flush=True)
+        print(
+            f"{name}, seed {seed}: {100 * runs[-1]['average']:.1f}, off the plateau at step {runs[-1]['left_plateau']}",
+            flush=True,
+        )
+
 
 if __name__ == "__main__":
     main()

@@ -4,9 +4,10 @@ How strongly an update counts, lora_alpha / r, is chosen for each method among t
 
     python benchmarks/toy_methods.py --steps 400 --output nbs/results/toy-methods.json
 
-Each run is `train` and `evaluate` of the recipe `demo` with another adapter, on one thread. The hard world has `d2mora compare demo-hard`. Finished runs are kept in the
+Each run is `train` and `evaluate` of the recipe `demo` with another adapter, on one thread. The hard world has `hard_world.py`. Finished runs are kept in the
 output file, so that an interrupted measurement goes on where it stopped.
 """
+
 import argparse
 import json
 import os
@@ -33,7 +34,12 @@ METHODS = {
     "d2mora": OURS | dict(num_down_experts=3, num_up_experts=8),
     "d2mora-qkv": OURS | dict(num_down_experts=3, num_up_experts=8, target_modules=["q_proj", "k_proj", "v_proj"]),
 }
-SCALES, CHOOSING_SEED, HELD_OUT = (2, 8, 32), 100, 400  # lora_alpha / r; the seed and the training rows set aside to choose it by
+SCALES, CHOOSING_SEED, HELD_OUT = (
+    (2, 8, 32),
+    100,
+    400,
+)  # lora_alpha / r; the seed and the training rows set aside to choose it by
+
 
 def recipe_of(method: str, scale: int, seed: int, changes: dict):
     "The demo's recipe with another method, scale and seed."
@@ -41,11 +47,15 @@ def recipe_of(method: str, scale: int, seed: int, changes: dict):
     recipe.adapter = METHODS[method] | dict(lora_alpha=scale * METHODS[method]["r"])
     return recipe
 
+
 def held_out_loss(method: str, scale: int, changes: dict) -> float:
     "Final loss on training rows that were set aside; tested facts play no part in the choice."
     with tempfile.TemporaryDirectory() as folder:
-        run = train(recipe_of(method, scale, CHOOSING_SEED, changes | {"data.validation_rows": HELD_OUT}), Path(folder) / "run")
+        run = train(
+            recipe_of(method, scale, CHOOSING_SEED, changes | {"data.validation_rows": HELD_OUT}), Path(folder) / "run"
+        )
         return mean(last for _, last in validation_losses(run).values())
+
 
 def one_run(method: str, scale: int, seed: int, changes: dict) -> dict:
     "Train and grade one method with one seed."
@@ -56,8 +66,21 @@ def one_run(method: str, scale: int, seed: int, changes: dict) -> dict:
         run = train(recipe, Path(folder) / "run")
         seconds = dict(wall=round(time.perf_counter() - wall), cpu=round(time.process_time() - cpu))
         result = evaluate(run)
-    tasks = {task: dict(n=t["n"], accuracy=t["accuracy"], chance=t["chance"], interval=t["interval"]) for task, t in result["tasks"].items()}
-    return dict(method=method, scale=scale, seed=seed, steps=recipe.training["max_steps"], parameters=trained, seconds=seconds, average=result["average"], tasks=tasks)
+    tasks = {
+        task: dict(n=t["n"], accuracy=t["accuracy"], chance=t["chance"], interval=t["interval"])
+        for task, t in result["tasks"].items()
+    }
+    return dict(
+        method=method,
+        scale=scale,
+        seed=seed,
+        steps=recipe.training["max_steps"],
+        parameters=trained,
+        seconds=seconds,
+        average=result["average"],
+        tasks=tasks,
+    )
+
 
 def table(runs: list[dict]) -> dict:
     "For each method the mean and standard deviation over seeds."
@@ -65,17 +88,29 @@ def table(runs: list[dict]) -> dict:
     for method in dict.fromkeys(r["method"] for r in runs):
         own = [r for r in runs if r["method"] == method]
         averages = [r["average"] for r in own]
-        out[method] = dict(seeds=len(own), parameters=own[0]["parameters"], scale=own[0]["scale"], average=mean(averages), std=stdev(averages) if len(own) > 1 else None,
-                           tasks={t: mean(r["tasks"][t]["accuracy"] for r in own) for t in own[0]["tasks"]})
+        out[method] = dict(
+            seeds=len(own),
+            parameters=own[0]["parameters"],
+            scale=own[0]["scale"],
+            average=mean(averages),
+            std=stdev(averages) if len(own) > 1 else None,
+            tasks={t: mean(r["tasks"][t]["accuracy"] for r in own) for t in own[0]["tasks"]},
+        )
     return out
+
 
 def write(path: Path, command: str, choice: dict, runs: list[dict]):
     "The result file, complete or as before."
-    about = dict(command=command, threads=torch.get_num_threads(), versions=dict(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__),
-                 hashes=(Path(toy_base()).parent / "toy.sha256").read_text().splitlines())
+    about = dict(
+        command=command,
+        threads=torch.get_num_threads(),
+        versions=dict(torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__),
+        hashes=(Path(toy_base()).parent / "toy.sha256").read_text().splitlines(),
+    )
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(about | dict(choice=choice, methods=table(runs), runs=runs), indent=1) + "\n")
     aside.rename(path)
+
 
 def main(argv=None):
     "Command line."
@@ -87,7 +122,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    changes, command = {"training.max_steps": args.steps} if args.steps else {}, "python benchmarks/toy_methods.py " + " ".join(argv or sys.argv[1:])
+    changes, command = (
+        {"training.max_steps": args.steps} if args.steps else {},
+        "python benchmarks/toy_methods.py " + " ".join(argv or sys.argv[1:]),
+    )
     kept = json.loads(args.output.read_text()) if args.output.exists() else dict(choice={}, runs=[])
     choice, runs, methods = kept["choice"], kept["runs"], args.methods.split(",")
     for method in methods:
@@ -101,7 +139,12 @@ def main(argv=None):
         for method in (m for m in methods if (m, seed) not in done):
             runs.append(one_run(method, int(min(choice[method], key=choice[method].get)), seed, changes))
             write(args.output, command, choice, runs)
-            print({k: v for k, v in runs[-1].items() if k != "tasks"}, {t: v["accuracy"] for t, v in runs[-1]["tasks"].items()}, flush=True)
+            print(
+                {k: v for k, v in runs[-1].items() if k != "tasks"},
+                {t: v["accuracy"] for t, v in runs[-1]["tasks"].items()},
+                flush=True,
+            )
+
 
 if __name__ == "__main__":
     main()

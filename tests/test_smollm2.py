@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -38,16 +37,17 @@ def data(tmp_path_factory, shared):
         (folder / task).mkdir()
         for split in ("test",) if task == "hellaswag" else ("train", "test"):
             rows = read_task(str(shared / "data"), task, split).remove_columns(["task", "row"]).to_list()
-            (folder / task / f"{split}.json").write_text(json.dumps(sorted(rows, key=lambda row: len(row["instruction"]))[:24]))
+            shortest = sorted(rows, key=lambda row: len(row["instruction"]))[:24]
+            (folder / task / f"{split}.json").write_text(json.dumps(shortest))
     return folder
 
 
 @pytest.fixture(scope="module")
 def arguments(data, shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    words = ["--base", shared / "models/stories260K", "--data", data, "--results", folder / "results", "--output", folder / "runs", "--formats", "cloze",
-             "--methods", "lora,d2mora", "--seeds", "0", "--learning-rates", "1e-3", "--limit", "3", "--validation-rows", "30", "--workers", "1"]
-    return folder, [str(word) for word in words]
+    places = f"--base {shared}/models/stories260K --data {data} --results {folder}/results --output {folder}/runs"
+    choice = "--formats cloze --methods lora,d2mora --seeds 0 --learning-rates 1e-3"
+    return folder, f"{places} {choice} --limit 3 --validation-rows 30 --workers 1".split()
 
 
 def results(folder):
@@ -67,12 +67,15 @@ def test_the_study_runs_and_goes_on_where_it_stopped(study, arguments, capsys):
         assert {"device", "dtype", "versions", "marks"} <= set(result)
         for protocol in ("choice", "content"):
             tasks = result["grades"][protocol]["tasks"]
-            assert set(tasks) == {*TASKS} and all(own["n"] == 3 == len(f"{int(own['right'], 16):b}") - 1 for own in tasks.values())
-            assert all(f"{int(own['right'], 16):b}"[1:].count("1") == round(3 * own["accuracy"]) for own in tasks.values())
-        assert name == "frozen" or {"tokens_per_second", "peak_memory_bytes", "steps", "adapter"} <= set(result) and "hellaswag" not in result["held_out"]
+            bits = {task: f"{int(own['right'], 16):b}"[1:] for task, own in tasks.items()}
+            assert set(tasks) == {*TASKS} and all(own["n"] == 3 == len(bits[task]) for task, own in tasks.items())
+            assert all(bits[task].count("1") == round(3 * own["accuracy"]) for task, own in tasks.items())
+        if name != "frozen":
+            assert {"tokens_per_second", "peak_memory_bytes", "steps", "adapter"} <= set(result)
+            assert "hellaswag" not in result["held_out"]
     assert both["cloze-lora-rate-0.001-seed-0-share-1"]["adapter"]["peft_type"] == "LORA"
     rows = study.table(both, "content")
-    assert [row["method"] for row in rows] == ["frozen base", "d2mora", "lora"] and all("hellaswag" in row for row in rows)
+    assert [row["method"] for row in rows] == ["frozen base", "d2mora", "lora"]
     pair = study.compared(both, "content", "cloze", "d2mora", "lora", 1)["all rows"]
     assert pair["n"] == 24 and 0 <= pair["p"] <= 1
     capsys.readouterr()
@@ -80,42 +83,32 @@ def test_the_study_runs_and_goes_on_where_it_stopped(study, arguments, capsys):
     assert "frozen base" in capsys.readouterr().out
 
 
-def test_when_the_time_is_up_nothing_is_lost(study, arguments, tmp_path):
-    folder, words = arguments
-    own = [*words, "--results", str(tmp_path / "results"), "--output", str(tmp_path / "runs")]
-    study.main([*own, "--minutes", "0"])
+def test_when_the_time_is_up_nothing_is_begun(study, arguments, tmp_path):
+    places = ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "runs")]
+    study.main([*arguments[1], *places, "--minutes", "0"])
     assert list(tmp_path.rglob("*.json")) == []
 
 
-def test_results_of_another_base_or_of_other_data_are_left_alone(study, arguments, data, tmp_path, shared):
-    folder, words = arguments
-    before = {"frozen": {"job": {"method": "frozen"}, "marks": {"base": "another", "data": "other"}}}
-    (tmp_path / "frozen.json").write_text(text := json.dumps(before["frozen"]))
+def test_results_of_another_base_or_of_other_data_are_left_alone(study, arguments, tmp_path):
+    text = json.dumps({"job": {"method": "frozen"}, "marks": {"base": "another", "data": "other"}})
+    (tmp_path / "frozen.json").write_text(text)
     with pytest.raises(ValueError, match="another base and other data.*--results"):
-        study.main([*words, "--results", str(tmp_path)])
-    assert (tmp_path / "frozen.json").read_text() == text and [p.name for p in tmp_path.iterdir()] == ["frozen.json"]
+        study.main([*arguments[1], "--results", str(tmp_path)])
+    assert (tmp_path / "frozen.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("words, said", [(["--base", "nowhere"], "make smollm2"), (["--formats", "clozes"], "labels, cloze"), (["--methods", "hydra"], "one-to-many"), (["--data", "nowhere"], "no folder of a task")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--base", "nowhere"], "make smollm2"),
+        (["--formats", "clozes"], "labels, cloze"),
+        (["--methods", "hydra"], "one-to-many"),
+        (["--data", "nowhere"], "no folder of a task"),
+    ],
+)
 def test_what_cannot_run_is_refused_before_it_begins(study, arguments, words, said):
     with pytest.raises(ValueError, match=said):
         study.main([*arguments[1], *words])
-
-
-def test_rates_are_doubled_until_the_best_lies_inside(study):
-    def search(loss):
-        losses = {}
-        while rates := study.next_rates(losses):
-            losses |= {rate: loss(rate) for rate in rates}
-        return losses
-
-    for best in (2e-5, 1e-3, 4e-3, 3e-2):
-        losses = search(lambda rate: abs(math.log2(rate / best)))
-        found = min(losses, key=losses.get)
-        assert min(losses) < found < max(losses) and abs(math.log2(found / best)) <= 1 and len(losses) <= 9
-    assert len(search(lambda rate: rate)) == study.MOST_RATES, "a search that never turns ends"
-    broken = search(lambda rate: math.inf if rate > 2e-3 else -rate)
-    assert min(broken, key=broken.get) == 2e-3
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "somebody/SmolLM2-135M-Instruct-GGUF", "folder"])
@@ -140,8 +133,7 @@ def test_a_wheel_with_another_checksum_and_a_half_written_folder_are_refused(scr
 
 def test_cloze_needs_to_know_each_rows_task(tmp_path):
     "In one mixed file the rows of three tasks cannot be told apart, and cloze puts them differently."
-    from d2mora.data import prepare
-    from d2mora.data import read_rows
+    from d2mora.data import prepare, read_rows
     from d2mora.recipe import load_base
     from d2mora.toy import toy_rows
 
