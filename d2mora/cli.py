@@ -124,12 +124,12 @@ def train(recipe, overrides, output, resume, dry_run, tokenizer, gpus):
 
 def _train(recipe, output, resume):
     "Train, draw, and print where everything is."
-    from d2mora.analysis import Watch, draw
+    from d2mora.analysis import Monitor, draw
     from d2mora.evaluate import loss_table, report
     from d2mora.train import train, validation_losses
     from d2mora.utils import main_process, write_text
 
-    run = train(recipe, output, [Watch()], resume=resume)
+    run = train(recipe, output, [Monitor()], resume=resume)
     if not main_process():
         return
     draw(run)

@@ -27,7 +27,7 @@ from statistics import mean, stdev
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .analysis import Watch, draw
+from .analysis import Monitor, draw
 from .data import collator_for, data_path, prepare, read_rows
 from .evaluate import PROTOCOLS, evaluate, holm, load_target, mean_std, own_tasks, percent, read_graded, report
 from .evaluate import seeds_table, tasks_to_grade, test_rows, text_table, under_way
@@ -333,7 +333,7 @@ def run(
 ) -> str:  # the table, and where everything is
     "Train, grade base and adapter, draw, report; `before.json` is written last."
     started = time.perf_counter()
-    folder = train(recipe, output, [Watch(), *callbacks], resume=resume)
+    folder = train(recipe, output, [Monitor(), *callbacks], resume=resume)
     trained = time.perf_counter() - started
     tasks = own_tasks(data_path(recipe.data), recipe.data.tasks)
     before = evaluate(base=recipe.base, data=data_path(recipe.data), prompt=recipe.data.prompt, tasks=tasks)
