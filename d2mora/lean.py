@@ -15,18 +15,20 @@ from .lora import match_dtype, project_down
 # %% ../nbs/06_memory.ipynb #20119551
 def chances(
     p: float,  # probability of dropping an element, below 1
-) -> int:      # out of 65,536; never all of them
+) -> int:  # out of 65,536; never all of them
     "A probability as 16 random bits can have it."
     return min(round(p * 65536), 65535)
 
 
 def draw_mask(
-    count: int,           # elements to decide on
-    p: float,             # probability of dropping one, taken to the nearest 1 / 65,536
+    count: int,  # elements to decide on
+    p: float,  # probability of dropping one, taken to the nearest 1 / 65,536
     device: torch.device | None = None,
-) -> Tensor:              # booleans, True for what stays; `count` rounded up to a multiple of 8
+) -> Tensor:  # booleans, True for what stays; `count` rounded up to a multiple of 8
     "Draw which elements stay, with 16 random bits for each."
-    bits = torch.randint(-(2**63), 2**63 - 1, (-(-count // 8) * 2,), device=device)  # torch.func.vmap knows no `random_`
+    bits = torch.randint(
+        -(2**63), 2**63 - 1, (-(-count // 8) * 2,), device=device
+    )  # torch.func.vmap knows no `random_`
     return bits.bitwise_xor_(-(2**63)).view(torch.int16) >= chances(p) - 32768
 
 # %% ../nbs/06_memory.ipynb #ac25d2f5
@@ -35,20 +37,21 @@ _GATHER, _SPREAD, _ONE_EACH = 0x0102040810204080, 0x0101010101010101, 0x80402010
 
 def pack_bits(
     mask: Tensor,  # booleans, (n,), n a multiple of 8
-) -> Tensor:       # the same, eight to a byte, uint8 of shape (n / 8,)
+) -> Tensor:  # the same, eight to a byte, uint8 of shape (n / 8,)
     "Store a boolean mask in one bit for each element."
     return (mask.view(torch.int64) * _GATHER >> 56).to(torch.uint8)
 
 
 def unpack_bits(
-    packed: Tensor,      # bytes from `pack_bits`
-) -> Tensor:             # the mask, boolean, (8 · bytes,)
+    packed: Tensor,  # bytes from `pack_bits`
+) -> Tensor:  # the mask, boolean, (8 · bytes,)
     "Undo `pack_bits`."
     return ((packed.long() * _SPREAD) & _ONE_EACH).view(torch.uint8) != 0
 
 # %% ../nbs/06_memory.ipynb #14f69a82
 class DropoutProject(torch.autograd.Function):
     "Project `dropout(x)`, keeping `x` and a bit for each element."
+
     generate_vmap_rule = True  # for per-sample gradients by torch.func
 
     @staticmethod
@@ -69,17 +72,18 @@ class DropoutProject(torch.autograd.Function):
         x, W, packed = ctx.saved_tensors
         mask, grad = unpack_bits(packed)[: x.numel()].view(x.shape), grad * ctx.scale
         grad_x = torch.where(mask, grad @ W.to(grad.dtype), 0).to(x.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]: return grad_x, None, None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
         dropped = torch.where(mask, x, 0).to(grad.dtype).reshape(-1, x.shape[-1])  # (tokens, d_in)
         return grad_x, (grad.reshape(-1, len(W)).T @ dropped).to(W.dtype), None
 
 # %% ../nbs/06_memory.ipynb #f7e39a78
 def dropout_project(
-    x: Tensor,                  # input, (…, d_in)
-    A: Tensor,                  # down-projections, (M, r, d_in)
-    p: float = 0.0,             # probability of dropping an element of x; 0 outside training
+    x: Tensor,  # input, (…, d_in)
+    A: Tensor,  # down-projections, (M, r, d_in)
+    p: float = 0.0,  # probability of dropping an element of x; 0 outside training
     independent: bool = False,  # a fresh mask for each A_i, as published, instead of one for all
-) -> Tensor:                    # A_i dropout(x) for every i, (…, M, r)
+) -> Tensor:  # A_i dropout(x) for every i, (…, M, r)
     "Drop elements of `x`, then project."
     if p == 0:
         return project_down(x, A)

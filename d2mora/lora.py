@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 # %% ../nbs/01_lora.ipynb #7ac380da
 def match_dtype(
-    x: Tensor,       # input of any floating dtype
+    x: Tensor,  # input of any floating dtype
     weight: Tensor,  # what it will be multiplied with
-) -> Tensor:         # `x` in the weight's dtype, or as it is under autocast
+) -> Tensor:  # `x` in the weight's dtype, or as it is under autocast
     "Let an input meet a weight of another floating dtype."
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
@@ -23,7 +23,7 @@ def match_dtype(
 def project_down(
     x: Tensor,  # input, (…, d_in)
     A: Tensor,  # down-projections, (M, r, d_in)
-) -> Tensor:    # A_i x for every i, (…, M, r)
+) -> Tensor:  # A_i x for every i, (…, M, r)
     "Project `x` by all down-projections in one matmul."
     return F.linear(match_dtype(x, A), A.flatten(0, 1)).unflatten(-1, A.shape[:2])  # (…, M·r) -> (…, M, r)
 
@@ -31,7 +31,7 @@ def project_down(
 def project_up(
     e: Tensor,  # one low-rank vector for each up-projection, (…, N, r)
     B: Tensor,  # up-projections, stored transposed, (N, r, d_out)
-) -> Tensor:    # Σ_j B_j e_j, (…, d_out)
+) -> Tensor:  # Σ_j B_j e_j, (…, d_out)
     "Project every low-rank vector up by its own matrix, and add them, in one matmul."
     return match_dtype(e.flatten(-2), B) @ B.flatten(0, 1)  # (…, N·r) @ (N·r, d_out)
 

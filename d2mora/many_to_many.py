@@ -10,8 +10,8 @@ from torch import Tensor
 
 # %% ../nbs/03_many_to_many.ipynb #90495a2c
 def mix_down(
-    h: Tensor,       # all down-projections of the input, (…, M, r)
+    h: Tensor,  # all down-projections of the input, (…, M, r)
     w_down: Tensor,  # their weights, (…, M)
-) -> Tensor:         # z = Σ_i w_i · A_i x, (…, r)
+) -> Tensor:  # z = Σ_i w_i · A_i x, (…, r)
     "Average the down-projections by their weights."
     return (w_down.unsqueeze(-1) * h).sum(-2)

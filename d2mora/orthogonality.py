@@ -15,9 +15,9 @@ from typing import Any
 
 # %% ../nbs/05_orthogonality.ipynb #e779dd6e
 def pairwise_cosine(
-    W: Tensor,           # E matrices, (E, …)
-    eps: float = 1e-6,   # added to each norm, so that zero matrices are allowed
-) -> Tensor:             # cosines of all pairs, (E, E)
+    W: Tensor,  # E matrices, (E, …)
+    eps: float = 1e-6,  # added to each norm, so that zero matrices are allowed
+) -> Tensor:  # cosines of all pairs, (E, E)
     "Cosine between every two matrices, each flattened to a vector: one Gram product."
     V = W.flatten(1)
     V = V / (torch.linalg.vector_norm(V, dim=-1, keepdim=True) + eps)
@@ -26,14 +26,14 @@ def pairwise_cosine(
 # %% ../nbs/05_orthogonality.ipynb #4f2e0f08
 def similarity(
     W: Tensor,  # E matrices, (E, …)
-) -> Tensor:    # Σ_{i<j} |cos(W_i, W_j)|, a scalar from 0 to E (E - 1) / 2
+) -> Tensor:  # Σ_{i<j} |cos(W_i, W_j)|, a scalar from 0 to E (E - 1) / 2
     "Add up how alike the matrices are, pair by pair."
     return pairwise_cosine(W).triu(1).abs().sum()
 
 # %% ../nbs/05_orthogonality.ipynb #5c0a11b2
 def whole(
-    W,   # a tensor, or one that is split over processes
-):       # all of it, on each process
+    W,  # a tensor, or one that is split over processes
+):  # all of it, on each process
     "Put a split tensor together."
     return W.full_tensor() if hasattr(W, "full_tensor") else W
 
@@ -53,8 +53,8 @@ class Experts(nn.Module):
 
 # %% ../nbs/05_orthogonality.ipynb #93d43861
 def expert_layers(
-    model: nn.Module,      # any model with adapted layers
-) -> Iterator[Any]:        # the layers with experts
+    model: nn.Module,  # any model with adapted layers
+) -> Iterator[Any]:  # the layers with experts
     "Yield the layers that have a method `active_experts`, which lists (A, B, λ) of each active adapter."
     return (layer for layer in model.modules() if hasattr(layer, "active_experts"))
 
@@ -64,7 +64,11 @@ def in_pieces(
 ) -> bool:
     "Is the weight flattened, split or emptied, as FSDP 1 and ZeRO-3 leave it between two passes?"
     W = experts.weight
-    return len(W.shape) != 2 or len(W) != math.prod(experts.sizes) or not (hasattr(W, "full_tensor") or W.untyped_storage().nbytes())
+    return (
+        len(W.shape) != 2
+        or len(W) != math.prod(experts.sizes)
+        or not (hasattr(W, "full_tensor") or W.untyped_storage().nbytes())
+    )
 
 
 def active_experts(
@@ -76,14 +80,18 @@ def active_experts(
         layer.orthogonality_applied = True
         experts += layer.active_experts()
     if not experts:
-        raise ValueError(f"no experts in {type(model).__name__}: adapt it with a D2MoraConfig, and activate that adapter")
+        raise ValueError(
+            f"no experts in {type(model).__name__}: adapt it with a D2MoraConfig, and activate that adapter"
+        )
     if any(weight > 0 and (in_pieces(A) or in_pieces(B)) for A, B, weight in experts):
-        raise ValueError("FSDP 1 and ZeRO-3 keep the experts in pieces, and the orthogonality loss needs them whole: use FSDP 2, DDP or ZeRO-2, or set orthogonality_weight=0")
+        raise ValueError(
+            "FSDP 1 and ZeRO-3 keep the experts in pieces, and the orthogonality loss needs them whole: use FSDP 2, DDP or ZeRO-2, or set orthogonality_weight=0"
+        )
     return experts
 
 # %% ../nbs/05_orthogonality.ipynb #541bdbf6
 def orthogonality_loss(
-    model: nn.Module,     # any model with adapted layers
+    model: nn.Module,  # any model with adapted layers
     parts: bool = False,  # give the sums of A's and of B's apart
 ) -> Tensor | tuple[Tensor, Tensor]:  # a scalar, without λ; or the pair (down, up)
     "Sum the similarity of A's and of B's over all adapted layers: 0 when all are orthogonal."
@@ -95,7 +103,7 @@ def orthogonality_loss(
 
 # %% ../nbs/05_orthogonality.ipynb #8f77f502
 def add_orthogonality_gradient(
-    model: nn.Module,                  # any model with adapted layers
+    model: nn.Module,  # any model with adapted layers
     optimizer: torch.optim.Optimizer,  # the experts that it trains receive the gradient
 ) -> None:
     "Add λ · ∇ of the loss to `.grad` of the experts."
@@ -112,7 +120,7 @@ def add_orthogonality_gradient(
 
 # %% ../nbs/05_orthogonality.ipynb #17b53795
 def attach_orthogonality(
-    model: nn.Module,                  # any model with adapted layers
+    model: nn.Module,  # any model with adapted layers
     optimizer: torch.optim.Optimizer,  # the optimizer that trains it, or accelerate's wrapper of it
 ) -> torch.utils.hooks.RemovableHandle:  # `.remove()` detaches
     "Add λ · ∇ of the loss once per step of `optimizer`, after unscaling and clipping, whatever the trainer."

@@ -11,29 +11,29 @@ from torch import Tensor
 
 # %% ../nbs/02_shared_a.ipynb #696524f3
 def one_to_one(
-    down: Callable,        # x (…, d_in) -> (…, M, r), all down-projections of x
+    down: Callable,  # x (…, d_in) -> (…, M, r), all down-projections of x
     route_down: Callable,  # x (…, d_in) -> (…, M), the weights of the M = N pairs
-    route_up: Callable,    # not used: a pair has one weight
-    x: Tensor,             # input, (…, d_in)
-) -> Tensor:               # w_i(x) · A_i x, (…, M, r)
+    route_up: Callable,  # not used: a pair has one weight
+    x: Tensor,  # input, (…, d_in)
+) -> Tensor:  # w_i(x) · A_i x, (…, M, r)
     "Pair A_i with B_i only: a mixture of whole LoRAs."
     return route_down(x).unsqueeze(-1) * down(x)
 
 # %% ../nbs/02_shared_a.ipynb #b38f089e
 def mix_up(
-    z: Tensor,     # low-rank vector, (…, r)
+    z: Tensor,  # low-rank vector, (…, r)
     w_up: Tensor,  # weights of the up-projections, (…, N)
-) -> Tensor:       # w_j · z for every j, (…, N, r)
+) -> Tensor:  # w_j · z for every j, (…, N, r)
     "Hand a copy of `z` to every up-projection, scaled by its weight."
     return w_up.unsqueeze(-1) * z.unsqueeze(-2)
 
 # %% ../nbs/02_shared_a.ipynb #9f917d7a
 def one_to_many(
-    down: Callable,        # x (…, d_in) -> (…, 1, r), the one down-projection of x
+    down: Callable,  # x (…, d_in) -> (…, 1, r), the one down-projection of x
     route_down: Callable,  # not used: there is one A
-    route_up: Callable,    # x (…, d_in) -> (…, N), the weights of the N up-projections
-    x: Tensor,             # input, (…, d_in)
-) -> Tensor:               # w_j(x) · A x, (…, N, r)
+    route_up: Callable,  # x (…, d_in) -> (…, N), the weights of the N up-projections
+    x: Tensor,  # input, (…, d_in)
+) -> Tensor:  # w_j(x) · A x, (…, N, r)
     "Pair the one A with every B_j, as HydraLoRA does."
     (z,) = down(x).unbind(-2)  # (…, r); a second A would have no place
     return mix_up(z, route_up(x))

@@ -31,7 +31,8 @@ from d2mora.data import DataConfig, read_task, row_problem
 from d2mora.evaluate import with_adapter
 from d2mora.recipe import load_recipe
 from d2mora.checkpoints import read_adapter, read_weights
-from d2mora.tuner import PAIRINGS, D2MoraLinear, misfit
+from d2mora.checks import misfit
+from d2mora.tuner import PAIRINGS, D2MoraLinear
 
 FUZZ = os.environ.get("D2MORA_FUZZ")
 CASES, FEW, SOME = (820, 100, 300) if FUZZ else (27, 8, 32)  # of each property; the slow ones get fewer
