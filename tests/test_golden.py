@@ -80,8 +80,12 @@ def test_checkpoint_through_peft(golden):
 
     meta, gold = golden
     published = {f"base_model.model.proj.{k}": v for k, v in gold.items() if k.startswith("lora_")}
-    config, weights = d2mora.convert_official_checkpoint(published, lora_alpha=float(meta["lora_alpha"]), task_type=None)
-    net = torch.nn.ModuleDict({"proj": torch.nn.Linear(gold["x"].shape[-1], gold["y"].shape[-1], bias="base.bias" in gold)})
+    config, weights = d2mora.convert_official_checkpoint(
+        published, lora_alpha=float(meta["lora_alpha"]), task_type=None
+    )
+    net = torch.nn.ModuleDict(
+        {"proj": torch.nn.Linear(gold["x"].shape[-1], gold["y"].shape[-1], bias="base.bias" in gold)}
+    )
     net.proj.load_state_dict({k[5:]: v for k, v in gold.items() if k.startswith("base.")})
     model = peft.get_peft_model(net, config)
     peft.set_peft_model_state_dict(model, weights)

@@ -25,7 +25,15 @@ WIDE, OUT = 16, 12
 
 def layer_of(pairing="many-to-many", M=3, N=8, r=8, dtype=torch.float32, std=0.05, **fields):
     "One adapted linear layer, every tensor of it filled."
-    config = our_config(pairing, num_down_experts=M, num_up_experts=N, r=r, target_modules=["proj"], task_type=None, **{"lora_alpha": r, **fields})
+    config = our_config(
+        pairing,
+        num_down_experts=M,
+        num_up_experts=N,
+        r=r,
+        target_modules=["proj"],
+        task_type=None,
+        **{"lora_alpha": r, **fields},
+    )
     model = peft.get_peft_model(nn.ModuleDict({"proj": nn.Linear(WIDE, OUT)}), config)
     layer = fill(model, std=std).base_model.model["proj"]
     return layer.to(dtype).train()
@@ -34,9 +42,14 @@ def layer_of(pairing="many-to-many", M=3, N=8, r=8, dtype=torch.float32, std=0.0
 def lora_of(layer):
     "PEFT's LoRA of the same rank, its A the first A and its B the sum of the B's: as large a step as ours can be."
     r, dtype = layer.adapter_config["default"].r, layer.base_layer.weight.dtype
-    model = peft.get_peft_model(nn.ModuleDict({"proj": nn.Linear(WIDE, OUT)}), peft.LoraConfig(r=r, lora_alpha=r, target_modules=["proj"]))
+    model = peft.get_peft_model(
+        nn.ModuleDict({"proj": nn.Linear(WIDE, OUT)}), peft.LoraConfig(r=r, lora_alpha=r, target_modules=["proj"])
+    )
     twin = model.base_model.model["proj"].to(dtype).train()
-    twin.lora_A["default"].weight.data.copy_(layer.experts("default")[0][0]), twin.lora_B["default"].weight.data.copy_(layer.experts("default")[1].sum(0).T)
+    (
+        twin.lora_A["default"].weight.data.copy_(layer.experts("default")[0][0]),
+        twin.lora_B["default"].weight.data.copy_(layer.experts("default")[1].sum(0).T),
+    )
     twin.base_layer.load_state_dict(layer.base_layer.state_dict())
     return twin
 
@@ -51,7 +64,8 @@ def passes(layer, x):
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
-def finite(found): return all(t.isfinite().all() for t in found.values())
+def finite(found):
+    return all(t.isfinite().all() for t in found.values())
 
 
 # ---- against the loop in float64 ----
@@ -65,18 +79,29 @@ def test_any_size_equals_the_loop_in_float64(pairing, M, N, r):
     assert finite(passes(layer, x))
 
 
-@pytest.mark.parametrize("pairing, M, N, r", [size for size in SIZES if size[3] < 256 and size[1] * size[2] < 100] + [("many-to-many", 2, 2, 16)])
+@pytest.mark.parametrize(
+    "pairing, M, N, r",
+    [size for size in SIZES if size[3] < 256 and size[1] * size[2] < 100] + [("many-to-many", 2, 2, 16)],
+)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_gradients_in_float64(pairing, M, N, r, p, monkeypatch):
     "gradcheck of input, experts and routers; with dropout, under a mask that stays."
     layer = layer_of(pairing, M, N, r, torch.float64, std=0.5, lora_dropout=p)
     monkeypatch.setattr(lean, "draw_mask", lambda count, p, device=None: torch.arange(-(-count // 8) * 8) % 5 > 1)
-    names = [n for n in ("d2mora_A", "d2mora_B", "d2mora_router_down", "d2mora_router_up") if "default" in getattr(layer, n)]
-    x, own = torch.randn(2, WIDE, dtype=torch.float64, requires_grad=True), [getattr(layer, n)["default"].weight for n in names]
+    names = [
+        n for n in ("d2mora_A", "d2mora_B", "d2mora_router_down", "d2mora_router_up") if "default" in getattr(layer, n)
+    ]
+    x, own = (
+        torch.randn(2, WIDE, dtype=torch.float64, requires_grad=True),
+        [getattr(layer, n)["default"].weight for n in names],
+    )
 
     def output(x, *own):
-        for name, value in zip(names, own): getattr(layer, name)["default"].weight.data.copy_(value.detach())
-        return torch.func.functional_call(Update(layer), {f"layer.{n}.default.weight": v for n, v in zip(names, own)}, (x,))
+        for name, value in zip(names, own):
+            getattr(layer, name)["default"].weight.data.copy_(value.detach())
+        return torch.func.functional_call(
+            Update(layer), {f"layer.{n}.default.weight": v for n, v in zip(names, own)}, (x,)
+        )
 
     inputs = (x, *(p.detach().clone().requires_grad_() for p in own))
     assert torch.autograd.gradcheck(output, inputs, fast_mode=True) and output(*inputs).abs().max() > 1e-3
@@ -87,7 +112,8 @@ class Update(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x): return update(self.layer, "default", x)
+    def forward(self, x):
+        return update(self.layer, "default", x)
 
 
 @pytest.mark.parametrize("part", [0, 1])
@@ -98,12 +124,18 @@ def test_gradient_of_the_orthogonality_loss_in_float64(part):
     W = layer.experts("default")[part].detach()
 
     def loss(value):
-        with torch.no_grad(): W.copy_(value)
+        with torch.no_grad():
+            W.copy_(value)
         from d2mora.orthogonality import similarity
+
         return similarity(value)
 
     assert torch.autograd.gradcheck(loss, W.detach().clone().requires_grad_())
-    for value in (torch.zeros_like(W), torch.ones_like(W), torch.stack([torch.ones_like(W[0]), -torch.ones_like(W[0]), torch.zeros_like(W[0])])):
+    for value in (
+        torch.zeros_like(W),
+        torch.ones_like(W),
+        torch.stack([torch.ones_like(W[0]), -torch.ones_like(W[0]), torch.zeros_like(W[0])]),
+    ):
         W.data.copy_(value), layer.zero_grad()
         orthogonality_loss(layer).backward()
         assert weight.grad.isfinite().all()
@@ -119,8 +151,10 @@ def test_finite_wherever_lora_is(pairing, M, N, r, size, dtype):
     x = (size * torch.rand(4, WIDE).mul(2).sub(1)).to(dtype)
     found, plain = passes(layer, x), passes(lora_of(layer), x)
     exact = passes(copy.deepcopy(layer).double(), x.double())
-    if not finite(plain): return  # PEFT's LoRA passes fp16's end: nothing is asked of ours
-    for name, t in found.items(): assert (t.isfinite() | (exact[name].abs() > 60_000)).all() and not t.isnan().any(), name
+    if not finite(plain):
+        return  # PEFT's LoRA passes fp16's end: nothing is asked of ours
+    for name, t in found.items():
+        assert (t.isfinite() | (exact[name].abs() > 60_000)).all() and not t.isnan().any(), name
     assert dtype == torch.float16 or finite(found)  # bfloat16 has the range of float32
 
 
@@ -141,7 +175,13 @@ def test_fp16_overflows_for_lora_too():
     "The limit that is not ours: with weights near 1, r = 256 and inputs of 1e4 neither fits into fp16; float32 experts do."
     layer, x = layer_of(r=256, dtype=torch.float16, std=1.0), torch.full((2, WIDE), 1e4, dtype=torch.float16)
     assert not finite(passes(lora_of(layer), x)) and not finite(passes(layer, x))
-    layer.base_layer.half(), [modules.float() for modules in (layer.d2mora_A, layer.d2mora_B, layer.d2mora_router_down, layer.d2mora_router_up)]
+    (
+        layer.base_layer.half(),
+        [
+            modules.float()
+            for modules in (layer.d2mora_A, layer.d2mora_B, layer.d2mora_router_down, layer.d2mora_router_up)
+        ],
+    )
     assert update(layer, "default", x).isfinite().all()
 
 
@@ -162,10 +202,15 @@ def test_routers_saturate_without_nan(dtype, scale):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_autocast_is_finite_where_loras_is(dtype):
     model, ids = adapted(tiny_llama(), r=8).train(), tokens()
-    with torch.autocast("cpu", dtype=dtype): loss = model(input_ids=ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
-    assert loss.isfinite() and all(g is not None and g.isfinite().all() for g in grads) and max(g.abs().max() for g in grads) > 1e-4
+    assert (
+        loss.isfinite()
+        and all(g is not None and g.isfinite().all() for g in grads)
+        and max(g.abs().max() for g in grads) > 1e-4
+    )
 
 
 # ---- how many tokens ----
@@ -212,7 +257,8 @@ def test_rows_of_padding_only(side, dtype):
     mask = torch.ones_like(ids)
     mask[1] = 0  # a row of nothing but padding
     mask[2, :3] = 0 if side == "left" else 1
-    if side == "right": mask[2, 5:] = 0
+    if side == "right":
+        mask[2, 5:] = 0
     bare = base(input_ids=ids, attention_mask=mask).logits
     model = adapted(base)
     logits = model(input_ids=ids, attention_mask=mask).logits
@@ -232,4 +278,9 @@ def test_packed_experts_do_not_overflow_where_they_are_summed():
 
 
 def test_the_layers_are_ours():
-    assert isinstance(layer_of(), D2MoraLinear) and set(tuner.PAIRINGS) == set(PAIRS) and d2mora.D2MoraConfig and lora.project_up
+    assert (
+        isinstance(layer_of(), D2MoraLinear)
+        and set(tuner.PAIRINGS) == set(PAIRS)
+        and d2mora.D2MoraConfig
+        and lora.project_up
+    )

@@ -42,7 +42,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(3))
 for folder in [Path(r"{tmp_path}") / pairing for pairing in {list(PAIRS)}]:
-    base = AutoModelForCausalLM.from_pretrained(r"{tmp_path / 'base'}")
+    base = AutoModelForCausalLM.from_pretrained(r"{tmp_path / "base"}")
     model = PeftModel.from_pretrained(base, folder).eval()
     assert torch.equal(model(ids).logits, torch.load(folder / "logits.pt")), folder
 """
@@ -68,8 +68,11 @@ def test_named_adapters_have_the_note_too(tmp_path):
 
 
 CARDS = {
-    "Latin-1": "Müller library_name: peft".encode("latin-1"), "UTF-16": "library_name: peft".encode("utf-16"), "a folder": None,
-    "two rules": b"Notes on library_name: peft\n\n---\nfirst\n---\nsecond\n", "front matter of another": b"---\nlibrary_name: peft\n---\nMine\n",
+    "Latin-1": "Müller library_name: peft".encode("latin-1"),
+    "UTF-16": "library_name: peft".encode("utf-16"),
+    "a folder": None,
+    "two rules": b"Notes on library_name: peft\n\n---\nfirst\n---\nsecond\n",
+    "front matter of another": b"---\nlibrary_name: peft\n---\nMine\n",
 }
 
 
@@ -89,7 +92,9 @@ def test_a_card_that_peft_extends_keeps_its_words(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path), model.save_pretrained(tmp_path)
     text = card.read_text()
-    assert text.count(CARD_NOTE) == 1 and all(words in text for words in ("license: mit", "My words", "after a rule", "and another"))
+    assert text.count(CARD_NOTE) == 1 and all(
+        words in text for words in ("license: mit", "My words", "after a rule", "and another")
+    )
     assert text.index(CARD_NOTE) < text.index("My words")
 
 
@@ -226,7 +231,9 @@ def test_gradient_checkpointing(reentrant):
 def test_generation_with_cache_equals_without(pairing):
     model, ids = adapted(pairing=pairing), tokens()
     with_cache, without = (
-        model.generate(input_ids=ids, max_new_tokens=16, do_sample=False, use_cache=c, pad_token_id=0, eos_token_id=None)
+        model.generate(
+            input_ids=ids, max_new_tokens=16, do_sample=False, use_cache=c, pad_token_id=0, eos_token_id=None
+        )
         for c in (True, False)
     )
     assert torch.equal(with_cache, without)
@@ -257,7 +264,11 @@ def test_batch_and_padding_invariant(pairing):
 
 def test_a_leaking_method_fails_these_checks():
     "PEFT's Lily averages routing over the batch; the checks above must see that."
-    model = peft.get_peft_model(tiny_llama(), peft.LilyConfig(r=8, num_B=4, target_modules=QKV, scaling=1.0)) if hasattr(peft, "LilyConfig") else pytest.skip("this PEFT has no Lily")
+    model = (
+        peft.get_peft_model(tiny_llama(), peft.LilyConfig(r=8, num_B=4, target_modules=QKV, scaling=1.0))
+        if hasattr(peft, "LilyConfig")
+        else pytest.skip("this PEFT has no Lily")
+    )
     for name, p in model.named_parameters():
         if "lily_" in name:
             nn.init.normal_(p, std=0.3)
@@ -269,7 +280,10 @@ def test_a_leaking_method_fails_these_checks():
 def test_grouped_query_attention_on_a_real_checkpoint(shared):
     model = adapted(AutoModelForCausalLM.from_pretrained(shared / "models" / "stories260K").eval())
     attention = model.base_model.model.model.layers[0].self_attn
-    assert attention.k_proj.experts("default")[1].shape[-1] == 32 and attention.q_proj.experts("default")[1].shape[-1] == 64
+    assert (
+        attention.k_proj.experts("default")[1].shape[-1] == 32
+        and attention.q_proj.experts("default")[1].shape[-1] == 64
+    )
     out = model.generate(input_ids=torch.tensor([[1, 400]]), max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert out.shape[1] > 2
 
@@ -304,10 +318,15 @@ def test_compiles_without_graph_break(pairing):
 
 # merging, unsupported layers, targets
 
+
 def test_merging_is_refused_and_leaves_the_model_whole():
     model, ids = adapted(), tokens()
     before = model(ids).logits
-    for merge in (model.merge_and_unload, model.merge_adapter, model.base_model.model.model.layers[0].self_attn.q_proj.merge):
+    for merge in (
+        model.merge_and_unload,
+        model.merge_adapter,
+        model.base_model.model.model.layers[0].self_attn.q_proj.merge,
+    ):
         with pytest.raises((ValueError, NotImplementedError), match="cannot be merged"):
             merge()
     assert torch.equal(model(ids).logits, before)
@@ -316,7 +335,9 @@ def test_merging_is_refused_and_leaves_the_model_whole():
 @pytest.mark.parametrize("layer", [nn.Embedding(8, 4), nn.Conv1d(4, 4, 3), nn.LayerNorm(4)])
 def test_unsupported_layer(layer):
     with pytest.raises(ValueError, match=f"layer 'odd': .*linear layers only.*{type(layer).__name__}"):
-        peft.get_peft_model(nn.ModuleDict({"odd": layer, "fc": nn.Linear(4, 4)}), d2mora.D2MoraConfig(target_modules=["odd"]))
+        peft.get_peft_model(
+            nn.ModuleDict({"odd": layer, "fc": nn.Linear(4, 4)}), d2mora.D2MoraConfig(target_modules=["odd"])
+        )
 
 
 class Int8Linear(nn.Linear):
@@ -356,11 +377,17 @@ def test_targets_that_match_nothing_list_near_misses():
 
 def test_peft_itself_says_why_nothing_matches():
     "The same kind of error as LoRA's, with the right cause, and empty lists are lists."
-    cases = [("q_prj is near q_proj", dict(target_modules=["q_prj"])), ("modules_to_save=['lm_head'] may leave none", dict(target_modules=["lm_head"], modules_to_save=["lm_head"])),
-             ("exclude_modules={'q_proj'} may leave none", dict(target_modules=["q_proj"], exclude_modules=["q_proj"])), ("give a list of names", dict(target_modules=[]))]
+    cases = [
+        ("q_prj is near q_proj", dict(target_modules=["q_prj"])),
+        ("modules_to_save=['lm_head'] may leave none", dict(target_modules=["lm_head"], modules_to_save=["lm_head"])),
+        ("exclude_modules={'q_proj'} may leave none", dict(target_modules=["q_proj"], exclude_modules=["q_proj"])),
+        ("give a list of names", dict(target_modules=[])),
+    ]
     for cause, fields in cases:
-        with pytest.raises(ValueError) as lora: peft.get_peft_model(tiny_llama(), peft.LoraConfig(**fields))
-        with pytest.raises(ValueError, match=re.escape(cause)) as ours: peft.get_peft_model(tiny_llama(), our_config(**fields))
+        with pytest.raises(ValueError) as lora:
+            peft.get_peft_model(tiny_llama(), peft.LoraConfig(**fields))
+        with pytest.raises(ValueError, match=re.escape(cause)) as ours:
+            peft.get_peft_model(tiny_llama(), our_config(**fields))
         assert type(ours.value) is type(lora.value) and "\n" not in str(ours.value)
     empty = dict(exclude_modules=[], modules_to_save=[], layers_to_transform=[], layers_pattern="")
     model = peft.get_peft_model(tiny_llama(), our_config(target_modules=["q_proj"], **empty))
@@ -421,13 +448,16 @@ def test_registration_is_idempotent_and_steps_aside(monkeypatch):
 
 # budgets of the paper's table, on a meta-device LLaMA-7B: in 07, and here as a number that a test holds
 
+
 @pytest.mark.parametrize(
     "M, N, r, pairing, millions",
     [(3, 8, 8, "many-to-many", 35.79), (4, 3, 16, "many-to-many", 45.62), (3, 4, 16, "many-to-many", 45.23),
      (1, 8, 12, "one-to-many", 45.61), (1, 6, 16, "one-to-many", 46.40)],
 )  # fmt: skip
 def test_budgets(M, N, r, pairing, millions):
-    sizes = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+    sizes = dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
+    )
     with torch.device("meta"):
         base = type(tiny_llama())(type(tiny_llama().config)(vocab_size=32000, **sizes))
         model = peft.get_peft_model(base, our_config(pairing, num_down_experts=M, num_up_experts=N, r=r))
