@@ -125,17 +125,6 @@ def check_export(model, ids, folder, fresh):
         assert difference(model(ids).logits, expected) > 1e-4
 
 
-@pytest.mark.parametrize("kind, target", [("embedding", "embed_tokens"), ("convolution", "conv")])
-def test_layers_that_are_not_linear_are_refused(kind, target):
-    base = tiny_llama()
-    base.model.conv = nn.Conv1d(4, 4, 3)
-    with pytest.raises(
-        ValueError,
-        match=f"layer '.*{target}': D2MoRA adapts linear layers only, not a .*: take it out of target_modules",
-    ):
-        peft.get_peft_model(base, config(target_modules=["q_proj", target]))
-
-
 def said(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
