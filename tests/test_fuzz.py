@@ -29,8 +29,9 @@ from d2mora.checkpoints import read_adapter, read_weights
 from d2mora.data import DataConfig, read_task, row_problem
 from d2mora.evaluate import with_adapter
 from d2mora.recipe import load_recipe
+from d2mora.checks import misfit
 from d2mora.toy import toy_rows
-from d2mora.tuner import PAIRINGS, D2MoraLinear, misfit
+from d2mora.tuner import PAIRINGS, D2MoraLinear
 
 MANY = bool(os.environ.get("D2MORA_FUZZ"))
 CASES, SOME, FEW = (800, 300, 100) if MANY else (27, 32, 8)  # of each property; the slow ones get fewer

@@ -1,5 +1,8 @@
 """The layer and the loss against recordings of the published code (facts of the method: see 04 and 05)."""
 
+import re
+
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -65,37 +68,25 @@ def test_a_wrong_loss_or_router_is_noticed(golden):
     assert "y" in mismatches(golden, route=lambda v, R: torch.sigmoid(v @ R.T))
 
 
-def test_loss_is_part_of_the_recorded_gradients(golden):
-    "Without the loss the gradients of B miss the recording by more than rounding."
-    meta, gold = golden
-    _, p, _ = run({**meta, "orth_weight": "0"}, gold)
-    with_loss = {k: v.grad for k, v in run(meta, gold)[1].items()}
-    for k in "AB":
-        error = relative(with_loss[k], stacked(gold, "grad.")[k])
-        assert error < relative(p[k].grad, stacked(gold, "grad.")[k])
-
-
 def test_checkpoint_through_peft(golden):
-    import peft
-
     meta, gold = golden
     published = {f"base_model.model.proj.{k}": v for k, v in gold.items() if k.startswith("lora_")}
-    config, weights = d2mora.convert_official_checkpoint(published, lora_alpha=float(meta["lora_alpha"]), task_type=None)
-    net = torch.nn.ModuleDict({"proj": torch.nn.Linear(gold["x"].shape[-1], gold["y"].shape[-1], bias="base.bias" in gold)})
+    config, weights = d2mora.convert_official_checkpoint(
+        published, lora_alpha=float(meta["lora_alpha"]), task_type=None
+    )
+    net = torch.nn.ModuleDict(
+        {"proj": torch.nn.Linear(gold["x"].shape[-1], gold["y"].shape[-1], bias="base.bias" in gold)}
+    )
     net.proj.load_state_dict({k[5:]: v for k, v in gold.items() if k.startswith("base.")})
     model = peft.get_peft_model(net, config)
     peft.set_peft_model_state_dict(model, weights)
     torch.testing.assert_close(model.base_model.model.proj(gold["x"]), gold["y"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("drop", ["lora_A.1.weight", "lora_B.0.weight", "lora_route1.weight"])
-def test_incomplete_checkpoint_is_refused(golden, drop):
-    _, gold = golden
-    published = {f"base_model.model.proj.{k}": v for k, v in gold.items() if k.startswith("lora_") and k != drop}
-    with pytest.raises(ValueError, match=drop.removesuffix(".weight").replace(".", r"\.")):
+@pytest.mark.parametrize("drop", ["lora_A.0.weight", "lora_B.0.weight", "lora_route1.weight"])
+def test_incomplete_checkpoint_is_refused(drop):
+    shapes = {"lora_A.0": (2, 6), "lora_A.1": (2, 6), "lora_B.0": (5, 2), "lora_B.1": (5, 2), "lora_route1": (2, 6)}
+    published = {f"proj.{name}.weight": torch.ones(shape) for name, shape in (shapes | {"lora_route2": (2, 2)}).items()}
+    del published[f"proj.{drop}"]
+    with pytest.raises(ValueError, match=re.escape(drop.removesuffix(".weight"))):
         d2mora.convert_official_checkpoint(published, lora_alpha=16)
-
-
-def test_checkpoint_without_our_keys_is_refused():
-    with pytest.raises(ValueError, match="no published D2MoRA parameters"):
-        d2mora.convert_official_checkpoint({"model.embed_tokens.weight": torch.zeros(2)}, lora_alpha=16)

@@ -22,16 +22,20 @@ ids = tokens(rows=4)
 def two(base=None, **fields):
     "An adapted model with a second adapter of other sizes on other layers."
     model = adapted(base, modules_to_save=["lm_head"], **fields)
-    model.add_adapter("second", our_config("one-to-many", r=4, target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head"]))
+    model.add_adapter(
+        "second", our_config("one-to-many", r=4, target_modules=["q_proj", "o_proj"], modules_to_save=["lm_head"])
+    )
     fill(model, seed=2, adapter="second")
-    with torch.no_grad(): model.base_model.model.lm_head.modules_to_save["second"].weight.mul_(1.5)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["second"].weight.mul_(1.5)
     return model.eval()
 
 
 def alone(model, name, **inputs):
     "What one adapter says to all rows."
     if name == "__base__":
-        with model.disable_adapter(): return model(**inputs).logits
+        with model.disable_adapter():
+            return model(**inputs).logits
     model.set_adapter(name)
     logits = model(**inputs).logits
     model.set_adapter("default")
@@ -39,7 +43,8 @@ def alone(model, name, **inputs):
 
 
 def refused(call, *words, kinds=(ValueError, TypeError)):
-    with pytest.raises(kinds) as caught: call()
+    with pytest.raises(kinds) as caught:
+        call()
     text = str(caught.value)
     assert type(caught.value) is not AttributeError and "\n" not in text and all(word in text for word in words), text
 
@@ -54,7 +59,8 @@ def test_each_row_has_its_own_adapter():
     got = model(input_ids=ids, adapter_names=NAMES).logits
     assert difference(got, wanted) < 1e-5 and difference(got, model(input_ids=ids).logits) > 1e-2
     assert torch.equal(model(input_ids=ids).logits, alone(model, "default", input_ids=ids))  # and nothing stays
-    with model.disable_adapter(): assert torch.equal(model(input_ids=ids, adapter_names=NAMES).logits, model(input_ids=ids).logits)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids, adapter_names=NAMES).logits, model(input_ids=ids).logits)
     got.sum().backward()  # gradients reach what is active
 
 
@@ -64,7 +70,8 @@ def test_generation_gives_each_row_its_own_adapter(beams):
     got = model.generate(input_ids=ids, adapter_names=NAMES, **settings)
     for i, name in enumerate(NAMES):
         if name == "__base__":
-            with model.disable_adapter(): alone_ = model.generate(input_ids=ids[i : i + 1], **settings)
+            with model.disable_adapter():
+                alone_ = model.generate(input_ids=ids[i : i + 1], **settings)
         else:
             model.set_adapter(name)
             alone_ = model.generate(input_ids=ids[i : i + 1], **settings)
@@ -74,7 +81,9 @@ def test_generation_gives_each_row_its_own_adapter(beams):
 @pytest.mark.skipif(peft.__version__ < "0.19", reason="this PEFT cannot wrap T5 of transformers 5")
 def test_an_encoder_sees_each_row_once_under_beam_search():
     torch.manual_seed(0)
-    base = T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)).eval()
+    base = T5ForConditionalGeneration(
+        T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    ).eval()
     model = peft.get_peft_model(base, our_config(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
     model.add_adapter("second", our_config("one-to-one", target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
     model, settings = fill(model).eval(), dict(max_new_tokens=4, num_beams=2)
@@ -85,12 +94,22 @@ def test_an_encoder_sees_each_row_once_under_beam_search():
         assert torch.equal(got[i, : len(row)], row)
 
 
-@pytest.mark.parametrize("names, word", [(["default", "defualt", "second", "second"], "did you mean 'default'"), (["default"], "1 names and the input 4 rows"), ("second", "give a list"), ([None] * 4, "no adapter is called")])
+@pytest.mark.parametrize(
+    "names, word",
+    [
+        (["default", "defualt", "second", "second"], "did you mean 'default'"),
+        (["default"], "1 names and the input 4 rows"),
+        ("second", "give a list"),
+        ([None] * 4, "no adapter is called"),
+    ],
+)
 def test_wrong_names_are_refused(names, word):
     model = two()
     refused(lambda: model(input_ids=ids, adapter_names=names), word)
     refused(lambda: model.generate(input_ids=ids, adapter_names=names, max_new_tokens=2), word)
-    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids, adapter_names=["default"] * 4).logits)  # no hook is left behind
+    assert torch.equal(
+        model(input_ids=ids).logits, model(input_ids=ids, adapter_names=["default"] * 4).logits
+    )  # no hook is left behind
     refused(lambda: model.train()(input_ids=ids, adapter_names=NAMES), "training mode")
 
 
@@ -100,7 +119,8 @@ def names_and_rows(model):
 
 
 def looked_at(model):
-    with record_routing(model): refused(lambda: model(input_ids=ids, adapter_names=NAMES), "one adapter at a time")
+    with record_routing(model):
+        refused(lambda: model(input_ids=ids, adapter_names=NAMES), "one adapter at a time")
 
 
 def unmerged(model):
@@ -112,14 +132,24 @@ def unmerged(model):
 
 def statuses(model):
     status = model.get_model_status()
-    assert status.peft_types == {"default": "D2MORA", "second": "D2MORA"} and status.active_adapters == ["default"] and not status.merged_adapters
-    assert status.requires_grad == {"default": True, "second": False} and status.devices == {"default": ["cpu"], "second": ["cpu"]}
+    assert (
+        status.peft_types == {"default": "D2MORA", "second": "D2MORA"}
+        and status.active_adapters == ["default"]
+        and not status.merged_adapters
+    )
+    assert status.requires_grad == {"default": True, "second": False} and status.devices == {
+        "default": ["cpu"],
+        "second": ["cpu"],
+    }
     assert {row.module_type for row in model.get_layer_status()} <= {"D2MoraLinear", "ModulesToSaveWrapper"}
 
 
 def required(model):
     model.set_requires_grad("second", True)
-    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad and "d2mora_" in n} == {"default", "second"}
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad and "d2mora_" in n} == {
+        "default",
+        "second",
+    }
     model.set_requires_grad(["default", "second"], False)
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -145,9 +175,12 @@ def several(_):
 def state(model):
     held = peft.get_peft_model_state_dict(model, adapter_name="second")
     fresh = two()
-    with torch.no_grad(): [p.zero_() for n, p in fresh.named_parameters() if ".second." in n]
+    with torch.no_grad():
+        [p.zero_() for n, p in fresh.named_parameters() if ".second." in n]
     result = peft.set_peft_model_state_dict(fresh, held, adapter_name="second")
-    assert not [key for key in result.missing_keys if ".second." in key] and torch.equal(alone(fresh, "second", input_ids=ids), alone(model, "second", input_ids=ids))
+    assert not [key for key in result.missing_keys if ".second." in key] and torch.equal(
+        alone(fresh, "second", input_ids=ids), alone(model, "second", input_ids=ids)
+    )
 
 
 def saved(model, load=lambda folder: peft.PeftModel.from_pretrained(tiny_llama(), folder), **how):
@@ -160,14 +193,22 @@ def saved(model, load=lambda folder: peft.PeftModel.from_pretrained(tiny_llama()
 def loaded(model):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        model.load_adapter(folder + "/second", "third", low_cpu_mem_usage=True), model.load_adapter(folder, "fourth", autocast_adapter_dtype=False)
+        (
+            model.load_adapter(folder + "/second", "third", low_cpu_mem_usage=True),
+            model.load_adapter(folder, "fourth", autocast_adapter_dtype=False),
+        )
     assert torch.equal(alone(model, "third", input_ids=ids), alone(model, "second", input_ids=ids))
 
 
 def empty(model):
     fresh = peft.get_peft_model(tiny_llama(), our_config(), low_cpu_mem_usage=True)
     assert {p.device.type for n, p in fresh.named_parameters() if "d2mora_" in n} == {"meta"}
-    saved(model, lambda folder: peft.PeftModel.from_pretrained(tiny_llama(), folder, low_cpu_mem_usage=True, ephemeral_gpu_offload=True))
+    saved(
+        model,
+        lambda folder: peft.PeftModel.from_pretrained(
+            tiny_llama(), folder, low_cpu_mem_usage=True, ephemeral_gpu_offload=True
+        ),
+    )
 
 
 def cast(model):
@@ -180,13 +221,17 @@ def cast(model):
 
 def casting(model):
     from peft.helpers import disable_input_dtype_casting
+
     before = model(input_ids=ids).logits
-    with disable_input_dtype_casting(model): assert torch.equal(model(input_ids=ids).logits, before)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def rescaled(model):
     from peft.helpers import rescale_adapter_scale
-    with rescale_adapter_scale(model, 0.5): pass
+
+    with rescale_adapter_scale(model, 0.5):
+        pass
 
 
 def hotswapped(model):
@@ -204,27 +249,45 @@ def card(model):
 def injected(model):
     plain = peft.inject_adapter_in_model(our_config(), tiny_llama())
     assert any(isinstance(m, D2MoraLinear) for m in plain.modules())
-    held = {key.removeprefix("base_model.model."): p for key, p in peft.get_peft_model_state_dict(adapted(), save_embedding_layers=False).items()}
+    held = {
+        key.removeprefix("base_model.model."): p
+        for key, p in peft.get_peft_model_state_dict(adapted(), save_embedding_layers=False).items()
+    }
     with pytest.warns(RuntimeWarning, match="inconsistency"):  # PEFT lets the file decide
         plain = peft.inject_adapter_in_model(our_config(target_modules=["o_proj"]), tiny_llama(), state_dict=held)
-    assert {n.rpartition(".")[2] for n, m in plain.named_modules() if isinstance(m, D2MoraLinear)} == {"q_proj", "k_proj", "v_proj"}
+    assert {n.rpartition(".")[2] for n, m in plain.named_modules() if isinstance(m, D2MoraLinear)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
     plain = peft.inject_adapter_in_model(our_config(target_modules=["nothing"]), tiny_llama(), state_dict=held)
-    assert {n.rpartition(".")[2] for n, m in plain.named_modules() if isinstance(m, D2MoraLinear)} == {"q_proj", "k_proj", "v_proj"}
+    assert {n.rpartition(".")[2] for n, m in plain.named_modules() if isinstance(m, D2MoraLinear)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
 
 
-def weight(model): return model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
+def weight(model):
+    return model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
 
 
-def convert(model): return peft.convert_to_lora(model, rank=4) if hasattr(peft, "convert_to_lora") else refuse("LoRA conversion")
+def convert(model):
+    return peft.convert_to_lora(model, rank=4) if hasattr(peft, "convert_to_lora") else refuse("LoRA conversion")
 
 
-def unconvertible(model): assert not any(getattr(m, "supports_lora_conversion", bool)() for m in model.modules() if isinstance(m, D2MoraLinear))
+def unconvertible(model):
+    assert not any(
+        getattr(m, "supports_lora_conversion", bool)() for m in model.modules() if isinstance(m, D2MoraLinear)
+    )
 
 
-def refuse(text): raise ValueError(text)
+def refuse(text):
+    raise ValueError(text)
 
 
-def config(**fields): return lambda model: our_config(**fields)
+def config(**fields):
+    return lambda model: our_config(**fields)
 
 
 CALLS = {  # call -> what it must do, or the words of its refusal
@@ -235,7 +298,10 @@ CALLS = {  # call -> what it must do, or the words of its refusal
     "merge_and_unload()": (lambda model: model.merge_and_unload(), "cannot be merged", "d2mora export"),
     "unmerge_adapter()": unmerged,
     "layer.get_delta_weight()": (weight, "cannot be merged"),
-    "add_weighted_adapter()": (lambda model: model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "c"), "set_adapter"),
+    "add_weighted_adapter()": (
+        lambda model: model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "c"),
+        "set_adapter",
+    ),
     "convert_to_lora()": (convert, "LoRA conversion"),
     "supports_lora_conversion()": unconvertible,
     "set_adapter(), several by base_model.set_adapter([…])": several,
@@ -245,7 +311,10 @@ CALLS = {  # call -> what it must do, or the words of its refusal
     "get_ and set_peft_model_state_dict()": state,
     "save_pretrained(), from_pretrained()": saved,
     "save_pretrained(safe_serialization=False)": lambda model: saved(model, safe_serialization=False),
-    "save_pretrained(path_initial_model_for_weight_conversion=…)": (lambda model: saved(model, path_initial_model_for_weight_conversion=tempfile.mkdtemp()), "path_initial_model_for_weight_conversion"),
+    "save_pretrained(path_initial_model_for_weight_conversion=…)": (
+        lambda model: saved(model, path_initial_model_for_weight_conversion=tempfile.mkdtemp()),
+        "path_initial_model_for_weight_conversion",
+    ),
     "load_adapter()": loaded,
     "low_cpu_mem_usage, ephemeral_gpu_offload": empty,
     "autocast_adapter_dtype, cast_mixed_precision_params()": cast,
@@ -254,19 +323,31 @@ CALLS = {  # call -> what it must do, or the words of its refusal
     "hotswap_adapter()": (hotswapped, "otswap"),
     "create_or_update_model_card()": card,
     "inject_adapter_in_model(), state_dict=…": injected,
-    "get_peft_model(mixed=True)": (lambda model: peft.get_peft_model(tiny_llama(), our_config(), mixed=True), "not compatible"),
-    "D2MoraConfig(target_parameters=…)": (config(target_parameters=["experts.down_proj"]), "no target_parameters", "target_modules"),
+    "get_peft_model(mixed=True)": (
+        lambda model: peft.get_peft_model(tiny_llama(), our_config(), mixed=True),
+        "not compatible",
+    ),
+    "D2MoraConfig(target_parameters=…)": (
+        config(target_parameters=["experts.down_proj"]),
+        "no target_parameters",
+        "target_modules",
+    ),
     "D2MoraConfig(trainable_token_indices=…)": (config(trainable_token_indices=[1]), "modules_to_save"),
     "D2MoraConfig(ensure_weight_tying=…)": (config(ensure_weight_tying=True), "no ensure_weight_tying"),
-    "D2MoraConfig(rank_pattern=…), alpha_pattern, use_rslora, use_dora, bias": (config(rank_pattern={"q_proj": 4}), "adapter of their own"),
+    "D2MoraConfig(rank_pattern=…), alpha_pattern, use_rslora, use_dora, bias": (
+        config(rank_pattern={"q_proj": 4}),
+        "adapter of their own",
+    ),
 }
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_call(call):
     does = CALLS[call]
-    if callable(does): does(two())
-    else: refused(lambda: does[0](two()), *does[1:])
+    if callable(does):
+        does(two())
+    else:
+        refused(lambda: does[0](two()), *does[1:])
 
 
 def test_every_call_stands_in_the_table():

@@ -67,14 +67,29 @@ def test_same_gradient_and_falling_loss(way, tmp_path, plain):
     assert distance > 1e-4 or "bf16" not in way  # it is half precision
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 cannot trace transformers' decorated forward (tried)")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6"), reason="torch 2.6 cannot trace transformers' decorated forward (tried)"
+)
 def test_compiled_gradient(tmp_path):
     "Traced as for a GPU, run without one; rows of one length, so that there is one shape to trace."
     (tmp_path / "boolq").mkdir()
-    (tmp_path / "boolq" / "train.json").write_text(json.dumps(toy_rows("toy", "boolq", "train")[:8]))  # one batch, over and over
-    keys = {"data.path": str(tmp_path), "data.cutoff": 20, "adapter.target_modules": ["q_proj"], "adapter.layers_to_transform": [0], "training.learning_rate": 1e-2}
+    (tmp_path / "boolq" / "train.json").write_text(
+        json.dumps(toy_rows("toy", "boolq", "train")[:8])
+    )  # one batch, over and over
+    keys = {
+        "data.path": str(tmp_path),
+        "data.cutoff": 20,
+        "adapter.target_modules": ["q_proj"],
+        "adapter.layers_to_transform": [0],
+        "training.learning_rate": 1e-2,
+    }
     plain = run(tmp_path / "plain", keys, steps=3, fall=0)
-    seen = run(tmp_path / "compiled", keys | {"training.torch_compile": True, "training.torch_compile_backend": "aot_eager"}, steps=3, fall=0)
+    seen = run(
+        tmp_path / "compiled",
+        keys | {"training.torch_compile": True, "training.torch_compile_backend": "aot_eager"},
+        steps=3,
+        fall=0,
+    )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # something was traced
     assert float((seen.first - plain.first).norm() / plain.first.norm()) < 1e-4
 
