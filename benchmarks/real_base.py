@@ -110,7 +110,7 @@ def blocks(texts: list[str], tokenizer, tokens: int) -> tuple[datasets.Dataset, 
 
 # --- training --------------------------------------------------------------------------------------------------------------
 
-def trainer_for(model, rows: datasets.Dataset, work: Path) -> SafeTrainer:
+def trainer_for(model, rows: datasets.Dataset, work: Path) -> D2MoraTrainer:
     "transformers' Trainer with complete checkpoints; the order of the sequences follows from the seed."
     args = TrainingArguments(output_dir=str(work), max_steps=max(1, len(rows) // ROWS), per_device_train_batch_size=ROWS, learning_rate=3e-3, lr_scheduler_type="cosine",
                              warmup_steps=min(100, len(rows) // ROWS // 10), weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, seed=0, logging_steps=25,
