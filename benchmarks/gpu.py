@@ -32,7 +32,7 @@ NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors")
 EXTRAS = {
     "the plan in speed": ("pydantic", "yaml"),
     "grading in generation": ("pydantic", "yaml", "tokenizers"),
-    "study": ("datasets", "pyarrow", "pandas", "dill", "multiprocess", "xxhash", "pydantic", "filelock", "scipy", "sklearn", "matplotlib", "click"),
+    "study": ("datasets", "pyarrow", "pandas", "dill", "multiprocess", "xxhash", "pydantic", "filelock", "scipy", "matplotlib", "click"),
 }
 WHEELS = "put their wheels into a folder and name it by WHEELS=FOLDER"
 

@@ -9,20 +9,8 @@ import torch
 SHARED = Path(os.environ.get("D2MORA_SHARED", Path(__file__).parents[2] / "shared")).resolve()
 
 
-SLOW = [
-    "test_book",
-    "test_whole",
-    "test_chaos",
-    "test_package",
-    "test_resume",
-    "test_plan",
-    "test_demo",
-    "test_grading_resume",
-    "test_distributed",
-    "test_evaluate",
-    "test_data",
-    "test_train",
-]
+SLOW = """test_site test_whole test_bad_input test_chaos test_resume test_package test_plan test_demo test_grading_resume
+test_distributed test_scoring test_analysis test_data test_train test_smollm2 test_real_study test_export""".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -299,8 +299,8 @@ def test_quantized_base_is_exported_unmerged(bits, stored):
     model, ids = fill(peft.get_peft_model(quantized(stored, bits), config()), std=0.2).eval(), tokens()
     moments = calibrate(model, rows())
     static = static_lora(model, moments, "mean")
-        with patch.object(tuner, "route", constant(model, moments)):
-            expected = model(ids).logits
+    with patch.object(tuner, "route", constant(model, moments)):
+        expected = model(ids).logits
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -79,7 +79,7 @@ def test_wheel_holds_the_package_and_only_that(wheel):
 
 def test_import_is_light_and_needs_none_of_the_books_tools(python, tmp_path):
     code = f"""{BLOCK}import d2mora, json, peft
-heavy = [m for m in ('matplotlib', 'sklearn', 'scipy.stats', 'pandas', 'click', 'pydantic') if m in sys.modules]
+heavy = [m for m in ('matplotlib', 'scipy.stats', 'pandas', 'click', 'pydantic') if m in sys.modules]
 print(json.dumps([d2mora.__file__, peft.PEFT_TYPE_TO_CONFIG_MAPPING['D2MORA'].__name__, heavy]))"""
     file, config, heavy = json.loads(run(python, code, tmp_path))
     assert Path(file).is_relative_to(python.parents[1]) and config == "D2MoraConfig"
@@ -122,7 +122,7 @@ model.save_pretrained("adapter")
 
 
 # ---- what is declared ----
-IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
+IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "lm_eval": "lm-eval"}
 
 
 def declared(key):
