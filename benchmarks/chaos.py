@@ -1,5 +1,5 @@
 """A hundred seeded faults thrown at train, evaluate, compare and export; after each the command is given again and must reach, bit for bit,
-what an undisturbed run reaches: `make chaos`, or `python benchmarks/chaos.py --faults 8` for a short form. Writes benchmarks/results/chaos.json.
+what an undisturbed run reaches: `python benchmarks/chaos.py --faults 8` for a short form. Writes benchmarks/results/chaos.json.
 
 Each command is a real process, a fork of this one (tests/forks.py). A moment is drawn in seconds, or as the number of a file operation.
 """
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from forks import POINTS, Fork, arm, watch
 
-import d2mora
+import d2mora.cli
 from d2mora.recipe import load_base
 from d2mora.train import defect
 from d2mora.utils import write_text

@@ -1,6 +1,6 @@
 """The same command twice, each in a process of its own and with another hash seed: which files differ? And what other numbers of processes or threads change.
 
-`make determinism`, or `python benchmarks/determinism.py`: benchmarks/results/determinism.json.
+`python benchmarks/determinism.py`: benchmarks/results/determinism.json.
 """
 
 import argparse

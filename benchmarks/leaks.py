@@ -1,6 +1,6 @@
 """Does memory stay where it is? A thousand steps of training and of writing, two hundred adapters loaded and deleted, and what a run leaves open.
 
-`make leaks`, or `python benchmarks/leaks.py`: benchmarks/results/leaks.json. `--leak BYTES` keeps so much at each step, so that the check can be seen to fail.
+`python benchmarks/leaks.py`: benchmarks/results/leaks.json. `--leak BYTES` keeps so much at each step, so that the check can be seen to fail.
 """
 
 import argparse

@@ -569,7 +569,11 @@ def find_faults(
     for layer, weights in token_weights(model, list(rows)).items() if rows else ():
         for kind, own in _routing_faults(layer, weights).items():
             found[kind] += own
-    return found | {"vanished": [name for name, norm in (norms or {}).items() if norm < VANISHED]}
+    small = [name for name, norm in (norms or {}).items() if norm < VANISHED]
+    ups = [p for name, p in model.named_parameters() if re.search(r"(?:d2mora|lora)_B", name)]
+    if not any(whole(p.detach()).any() for p in ups):  # while B = 0, A's and routers have no gradient
+        small = [name for name in small if name == "grad_norm_B"]
+    return found | {"vanished": small}
 
 # %% ../nbs/13_analysis.ipynb #f270d22c
 def gradient_norms(

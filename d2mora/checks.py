@@ -154,7 +154,7 @@ def check_known_fields(
 # %% ../nbs/i_checks.ipynb #64272a0d
 def leaves(
     model: nn.Module,  # to be adapted
-    kind: tuple[type[nn.Module], ...] = (nn.Module,),  # of modules to list
+    kind: tuple[type, ...] = (nn.Module,),  # of modules to list
 ) -> list[str]:  # last part of each name, sorted, each once
     "The names that modules have within their parents."
     return sorted({name.rpartition(".")[-1] for name, m in model.named_modules() if name and isinstance(m, kind)})

@@ -189,7 +189,8 @@ def next_rates(
 
 def best_rate(losses: Mapping[str, float | None]) -> float:
     "The learning rate of the least loss; None, where training broke down, counts as infinite."
-    return float(min(losses, key=lambda rate: math.inf if losses[rate] is None else losses[rate]))
+    finite = {rate: math.inf if loss is None else loss for rate, loss in losses.items()}
+    return float(min(finite, key=lambda rate: finite[rate]))
 
 
 def at_edge(losses: Mapping[str, float | None]) -> bool:

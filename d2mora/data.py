@@ -201,7 +201,7 @@ def mixed_rows(
     if None in own:
         raise ValueError(f"{path}: row {own.index(None)}: field 'instruction' belongs to none of the eight tasks")
     if lacking := ", ".join(t for t in tasks if t not in own and t not in wanted):
-        there = ", ".join(dict.fromkeys(own))
+        there = ", ".join(dict.fromkeys(map(str, own)))
         raise ValueError(f"{path}: no rows of {lacking}: leave them out of data.tasks (there are: {there})")
     rows = rows.add_column("task", own).add_column("row", list(range(len(rows))))
     return check_rows(rows.select([i for i, task in enumerate(own) if task in tasks]), path)
@@ -218,10 +218,11 @@ def read_task(
     if task not in TASKS:
         raise ValueError(f"unknown task '{task}'{nearest(task, TASKS)}")
     if str(path) in TOY_WORLDS:
-        where, rows = f"{path}/{task}/{split}", datasets.Dataset.from_list(toy_rows(path, task, split))
+        rows = datasets.Dataset.from_list(toy_rows(path, task, split))
+        where: str | Path = f"{path}/{task}/{split}"
     else:
-        where = find_file(Path(path), task, split)
-        rows = read_file(where)
+        where = file = find_file(Path(path), task, split)
+        rows = read_file(file)
     rows = rows.add_column("task", [task] * len(rows)).add_column("row", list(range(len(rows))))
     return check_rows(rows, where)
 
@@ -428,7 +429,7 @@ def cache_key(rows: "datasets.Dataset", tokenizer, config: DataConfig) -> str:
     "A hash of everything that encoded rows depend on."
     from datasets.fingerprint import Hasher
 
-    own = (encode, encode_row, tokenize, answer_start, shorten_prompt, inspect.getmodule(training_prompt))
+    own: tuple = (encode, encode_row, tokenize, answer_start, shorten_prompt, inspect.getmodule(training_prompt))
     settings = (config.prompt, config.cutoff, config.truncation, config.train_on_inputs)
     words = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
     return Hasher.hash((rows._fingerprint, words, settings, [inspect.getsource(part) for part in own]))

@@ -24,7 +24,7 @@ class Relation:
     kind: str  # which things have it
     values: tuple[str, ...]  # what it can be
     asks: str  # a question for the value; {x} is the thing
-    says: tuple[str, str]  # two statements; {x} is the thing, {v} the value
+    says: tuple[str, ...]  # two statements; {x} is the thing, {v} the value
 
 
 _VALUES = """
@@ -265,5 +265,7 @@ def toy_base(
         elif sha256(path.read_bytes()).hexdigest() != digest:
             fault = "damaged"
         if fault:
-            raise ValueError(f"{path} is {fault}: install d2mora again, or make the base anew with `make base`")
+            raise ValueError(
+                f"{path} is {fault}: install d2mora again, or make the base anew with `python nbs/pretrain_base.py`"
+            )
     return str(assets / "toy-base")

@@ -36,5 +36,7 @@ def show(figure, dpi=80, colors=128):
     from PIL import Image as Picture
 
     figure.savefig(drawn := io.BytesIO(), format="png", dpi=dpi)
-    Picture.open(drawn).convert("RGB").quantize(colors, Picture.Quantize.MAXCOVERAGE, kmeans=1, dither=Picture.Dither.NONE).save(small := io.BytesIO(), format="png", optimize=True)
+    Picture.open(drawn).convert("RGB").quantize(
+        colors, Picture.Quantize.MAXCOVERAGE, kmeans=1, dither=Picture.Dither.NONE
+    ).save(small := io.BytesIO(), format="png", optimize=True)
     return Image(small.getvalue())

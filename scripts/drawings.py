@@ -286,16 +286,6 @@ def published():
     yield text(412, 44, "M, N, r: from the shapes\nlora_alpha: must be given", 11, mono=True)
 
 
-@drawing("07c_strangers", "What others wrote", "Weights, models, words, adapters and folders come from others; each kind passes its own check before a library is handed it; what fails is told in one line, and nothing has run.", 860, 290)
-def strangers():
-    checks = (("weights", "tensors, nothing else"), ("a model's folder", "no code, no file outside"), ("YAML", "no objects, no aliases"), ("an adapter", "borne out by its tensors"), ("a run folder", "no link that leads out"))
-    for i, (label, check) in enumerate(checks):
-        y = 35 + i*52
-        yield box(115, y, 190, 38, label, "frozen", 13) + arrow((213, y), (262, y)) + box(370, y, 210, 38, check, "router", 13)
-        yield arrow((478, y), (590, 85 + (y - 139)*.15)) + arrow((478, y), (590, 205 + (y - 139)*.15), kind="loss", dash=True)
-    yield box(700, 85, 216, 56, "torch, transformers, PEFT", "A", 14, bold=True) + box(700, 205, 216, 56, "one line, exit 2,\nnothing has run", "loss", 14)
-
-
 @drawing("08_data", "From files to rows", "Rows come from the toy world, from a folder with one folder a task, or from one mixed file whose rows are told apart by the answers they offer; each row is checked by itself, then all are counted.", 860, 280)
 def data():
     for i, (label, kind) in enumerate((("toy, toy-hard", "router"), ("<task>/train.json", "frozen"), ("commonsense_170k.json", "frozen"))):
@@ -306,17 +296,7 @@ def data():
     yield arrow((350, 197), (350, 226), kind="loss") + box(455, 248, 370, 38, "train.json: row 1: field 'output' is missing", "loss", 13, mono=True)
 
 
-@drawing("09c_footprint", "A step without numbers", "The shape of a base becomes a model on the meta device; two and three layers of it get fake weights, take one step, and bytes and operations are counted; the difference is one layer, and a straight line gives the whole.", 860, 280)
-def footprint():
-    yield box(95, 140, 150, 64, "config.json:\na shape, no weights", "frozen", 13) + arrow((172, 140), (205, 140))
-    for y, n in ((75, 2), (205, 3)):
-        yield arrow((205, 140), (236, y)) + "".join(box(300, y - 22 + k*22, 110, 18, "", "A") for k in range(n)) + text(300, y + 22*n - 14, f"{n} layers, fake weights", 12, "A")
-        yield arrow((362, y), (410, y)) + box(490, y, 150, 48, "forward, backward\nno numbers", "plain", 13) + arrow((567, y), (612, 140 + (y - 140)*.3))
-    yield box(690, 140, 146, 84, "bytes, operations\nof 2, of 3,\nso of 32 layers", "loss", 13, bold=True)
-    yield text(690, 215, "a straight line, checked\nagainst real small models", 12)
-
-
-@drawing("08a_batches", "From text to a batch", "A prompt and its answer become tokens; a mask says which are graded; rows are padded to one length. "
+@drawing("08a_batches", "From text to a batch", "A prompt and its answer become tokens; a mask says which are target tokens; rows are padded to one length. "
          "Too long a row is handled in one of three ways.", 860, 390)
 def batches():
     def strip(x, y, kinds, w=20, h=24): return "".join(box(x + i*(w+3), y, w, h, "", k, dash=(k == "plain")) for i, k in enumerate(kinds))
@@ -336,7 +316,7 @@ def batches():
     yield f'<line x1="532" x2="532" y1="288" y2="378" stroke="{INK}" stroke-dasharray="4 3"/>' + text(532, 278, "cutoff", 11)
 
 
-@drawing("08b_trainer", "One training step", "A batch goes through the frozen model with its adapters; the loss on the graded tokens is backpropagated into the adapters only; "
+@drawing("08b_trainer", "One training step", "A batch goes through the frozen model with its adapters; the loss on the target tokens is backpropagated into the adapters only; "
          "after all micro-batches the gradients are clipped, the orthogonality gradient is added, the optimizer and the schedule step.", 860, 250)
 def step():
     yield box(80, 95, 110, 54, "micro-batch", "plain", 14) + arrow((135, 95), (172, 95))
@@ -365,21 +345,8 @@ def recipe():
     yield arrow((470, 197), (470, 238), kind="loss") + box(580, 262, 380, 40, "learning_rat: did you mean learning_rate?", "loss", 13, mono=True)
 
 
-@drawing("08d_runs", "A run folder", "Training writes the resolved recipe, the metrics line by line, checkpoints and at the end the adapter with its card; grading and drawing add their files later; "
-         "a lock keeps a second process out.", 860, 300)
-def runs():
-    yield panel(330, 15, 300, 270, "run folder") + box(470, 268, 220, 24, "locked by one process", "loss", 12, dash=True)
-    files = (("recipe.yaml", "plain"), ("metrics.jsonl", "loss"), ("checkpoints/", "router"), ("adapter/", "A"), ("evaluation-*.json", "frozen"), ("plots/  report.md", "frozen"))
-    for i, (name, kind) in enumerate(files): yield box(480, 58 + i*35, 220, 28, name, kind, 13, mono=True)
-    yield box(110, 110, 150, 190, "", "plain") + text(110, 32, "train", 14, bold=True)
-    for y, label in ((58, "first"), (93, "each log line"), (128, "every few steps"), (163, "at the end")):
-        yield text(110, y, label, 13) + arrow((188, y), (364, y))
-    yield box(755, 215, 150, 64, "evaluate, report,\nlater", "frozen", 13) + arrow((678, 198), (594, 198)) + arrow((678, 233), (594, 233))
-    yield box(110, 268, 150, 34, "a second process", "plain", 13, dash=True) + arrow((188, 268), (340, 268), kind="loss", dash=True) + text(262, 252, "refused", 12, "loss")
-
-
-@drawing("08e_resume", "Killed and resumed", "Steps follow each other; a checkpoint is written aside and renamed when it is whole; a kill before the next rename leaves the last whole one, "
-         "and the run goes on from there through the same steps.", 860, 290)
+@drawing("08e_resume", "Killed and resumed", "Steps follow each other; a checkpoint is written at some steps; a kill leaves an incomplete one, which is removed on resume, "
+         "and the run goes on from the last complete one through the same steps.", 860, 290)
 def resume():
     x = lambda step: 70 + step*46
     yield text(20, 28, "killed at step 10", 14, anchor="start", bold=True)
@@ -387,36 +354,11 @@ def resume():
     yield text(x(11) - 8, 70, "killed", 14, "loss", anchor="start", bold=True)
     for step in (4, 8):
         yield arrow((x(step), 88), (x(step), 112)) + box(x(step), 130, 130, 32, f"checkpoint-{step}", "router", 13, mono=True)
-    yield box(x(12) + 60, 130, 110, 32, ".writing", "plain", 13, dash=True, mono=True) + text(x(12) + 122, 130, "not whole:\nnever renamed", 12, "plain", "start")
+    yield box(x(12) + 60, 130, 110, 32, "checkpoint-10", "plain", 13, dash=True, mono=True) + text(x(12) + 122, 130, "incomplete:\nremoved on resume", 12, "plain", "start")
     yield text(20, 194, "resumed", 14, anchor="start", bold=True) + arrow((x(8), 148), (x(8), 222), (x(9) - 22, 222), kind="router", width=2.2)
     for step in range(9, 17): yield box(x(step), 222, 34, 30, str(step), "A", 13)
     yield text(x(8) - 12, 200, "weights, optimizer, schedule,\nrandom states, log", 12, "router", anchor="end")
     yield text(x(12) + 20, 264, "the same steps with the same rows and masks: the same adapter to the last bit", 12, "A")
-
-
-@drawing("08f_cards", "Where a card's lines come from", "The recipe says base, method, data and training; the adapter's file says how many parameters; the metrics say length and held-out loss; grades say the scores.", 860, 280)
-def cards():
-    yield panel(15, 15, 260, 250, "run folder") + panel(470, 15, 375, 250, "README.md of the adapter")
-    rows = (("recipe.yaml", "base, method, data, training", "plain"), ("adapter/", "parameters, those of the routers", "A"),
-            ("metrics.jsonl", "steps, tokens, held-out loss", "loss"), ("evaluation-*.json", "scores by protocol and task", "frozen"))
-    yield box(657, 62, 335, 32, "import d2mora  # registers the method", "router", 13, mono=True)
-    for i, (name, says, kind) in enumerate(rows):
-        y = 106 + i*44
-        yield box(145, y, 220, 32, name, kind, 13, mono=True) + arrow((258, y), (482, y)) + box(657, y, 335, 32, says, kind, 13)
-    yield text(370, 62, "write_card", 13, mono=True) + text(370, 82, "reads, never asks", 12, "plain")
-
-
-@drawing("09_train", "The order of a run", "A run folder is locked; arguments, rows, base, layers and device are checked before anything is written; then the recipe is written, "
-         "training goes from step 0 or from the newest checkpoint, and at the end the adapter and its card are saved.", 860, 270)
-def train():
-    steps = (("check and lock\nthe folder", "plain"), ("arguments, rows,\nbase, layers,\ndevice", "plain"), ("write\nrecipe.yaml", "frozen"), ("steps and\ncheckpoints", "A"), ("adapter\nand card", "router"))
-    for i, (label, kind) in enumerate(steps):
-        x = 95 + i*168
-        yield box(x, 110, 132, 70, label, kind, 13) + (arrow((x + 68, 110), (x + 100, 110)) if i < 4 else "")
-    yield panel(15, 15, 330, 36, "nothing is written yet") + panel(365, 15, 480, 36, "written whole or not at all")
-    yield arrow((263, 148), (263, 205), kind="loss") + box(190, 228, 320, 40, "what is wrong: one line, no folder left", "loss", 13)
-    yield arrow((575, 148), (575, 162), (500, 162), (500, 192), kind="loss") + box(470, 222, 150, 48, "not finite: stop,\nname the rows", "loss", 12)
-    yield arrow((622, 148), (622, 162), (690, 162), (690, 192), kind="router") + box(690, 222, 220, 48, "killed or SIGTERM: go on\nfrom the newest checkpoint", "router", 12)
 
 
 @drawing("10_likelihood", "Every token is read once", "What all rows begin with is read once and kept; each row's own tokens are read behind it, all rows of a batch at once, padded on the left; "
@@ -458,19 +400,6 @@ def grading():
     yield box(266, 170, 88, 22, '{"hash": "e2', "loss", 10, dash=True, mono=True) + text(318, 170, "torn: dropped", 12, "loss", "start") + box(85, 170, 120, 44, "killed", "loss", 13) + arrow((147, 170), (208, 170), kind="loss")
     yield arrow((432, 115), (475, 115)) + box(555, 115, 155, 70, "next call:\nthe rows that are\nmissing, no others", "router", 13) + arrow((635, 115), (675, 115)) + box(760, 115, 165, 70, "the same table\nas without the kill", "B", 13)
     yield text(555, 185, "other weights, protocol or prompt:\nrefused, nothing overwritten", 12, "plain")
-
-
-@drawing("11_diagnose", "What is looked at after training", "From a trained adapter and some text come the likeness of its experts, the routers' weights by task, a map of the experts, and alarms.", 860, 330)
-def diagnose():
-    yield box(95, 95, 140, 70, "trained adapter\nA's, B's, routers", "plain", 13) + box(95, 240, 140, 60, "rows of\neach task", "frozen", 13)
-    grid = lambda x, y, n, kind, values: "".join(f'<rect x="{x+(k%n)*20}" y="{y+(k//n)*20}" width="19" height="19" fill="{STROKE[kind]}" fill-opacity="{v}"/>' for k, v in enumerate(values))
-    yield panel(230, 15, 295, 145, "likeness of experts") + grid(262, 60, 3, "A", (1, .3, .1, .3, 1, .2, .1, .2, 1)) + grid(392, 55, 4, "B", (1, .8, .6, .1, .8, 1, .7, .1, .6, .7, 1, .2, .1, .1, .2, 1))
-    yield text(292, 132, "A's", 13, "A") + text(432, 146, "B's", 13, "B") + arrow((165, 85), (228, 85))
-    yield panel(545, 15, 300, 145, "map of experts (t-SNE)") + "".join(f'<circle cx="{x}" cy="{y}" r="5" fill="{STROKE[k]}"/>' for x, y, k in
-          ((600, 75, "A"), (618, 88, "A"), (595, 96, "A"), (700, 120, "A"), (714, 108, "A"), (722, 124, "A"), (770, 65, "B"), (782, 78, "B"), (764, 82, "B"), (650, 132, "B"), (664, 138, "B"))) + arrow((525, 90), (543, 90), head=False, dash=True)
-    yield panel(230, 175, 295, 140, "routers' weights by task") + arrow((165, 110), (200, 110), (200, 235), (228, 235)) + arrow((165, 250), (228, 250))
-    for i, w in enumerate(((.9, .3, .2), (.3, .8, .3), (.5, .4, .6), (.2, .3, .9))): yield bars(278 + i*66, 282, w, scale=66, w=12) + text(278 + i*66, 297, f"task {i+1}", 11, "plain")
-    yield panel(545, 175, 300, 140, "alarms") + text(565, 245, "experts that became copies\na router that sends all to one\nexperts that never get weight\na loss that is not a number", 13, "loss", "start") + arrow((525, 245), (543, 245), head=False, dash=True)
 
 
 @drawing("12b_compare", "A comparison", "One recipe is run with each method and each seed on the same data; each run is trained and graded; the table has mean and spread, and paired tests compare methods row by row.", 860, 330)

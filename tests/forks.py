@@ -24,6 +24,11 @@ import peft
 import torch
 import transformers
 
+import d2mora.analysis
+import d2mora.cli
+import d2mora.compare
+import d2mora.export  # noqa: F401  (before the forks, which then need not)
+
 
 datasets.disable_progress_bars()
 PIPE = 2**20  # bytes that a fork may say before somebody listens

@@ -299,8 +299,11 @@ def test_quantized_base_is_exported_unmerged(bits, stored):
     model, ids = fill(peft.get_peft_model(quantized(stored, bits), config()), std=0.2).eval(), tokens()
     moments = calibrate(model, rows())
     static = static_lora(model, moments, "mean")
-    with patch.object(tuner, "route", constant(model, moments)):
+    with torch.no_grad(), patch.object(tuner, "route", constant(model, moments)):
         expected = model(ids).logits
+    with torch.no_grad():
+        base = model.get_base_model()(ids).logits
+        assert difference(static(ids).logits, expected) < 2e-2 < difference(base, expected) + 1
 
 
 @pytest.mark.filterwarnings("ignore")

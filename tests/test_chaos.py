@@ -1,4 +1,4 @@
-"""Faults, leaks, determinism in a short form; `make chaos` and `make leaks` are the long ones. And: what these checks would not let pass."""
+"""Faults, leaks, determinism in a short form; `benchmarks/chaos.py` and `benchmarks/leaks.py` are the long ones. And: what these checks would not let pass."""
 
 import importlib
 import json

@@ -21,7 +21,7 @@ from d2mora.data import read_file
 from d2mora.plan import GPUS, GiB, Plan, fits
 from d2mora.recipe import load_base, load_recipe
 from d2mora.toy import toy_base, toy_rows
-from d2mora.train import check_device, reading, train
+from d2mora.train import check_device, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,14 +193,6 @@ def test_a_gpu_that_is_missing(training, part, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ValueError, match=part):
         check_device(training)
-
-
-def test_a_checkpoint_is_not_blamed_for_memory_or_access():
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), PermissionError(13, "Permission denied")):
-        with pytest.raises(type(error)), reading("checkpoint-4"):
-            raise error
-    with pytest.raises(ValueError, match="move it away"), reading("checkpoint-4"):
-        raise EOFError
 
 
 CAUSES = {

@@ -1,6 +1,6 @@
 """Generated cases: whatever is valid trains, saves, loads and equals the loop; whatever is damaged is refused in one line.
 
-About 200 cases here; `make fuzz` sets D2MORA_FUZZ and tries thousands, other ones each time.
+About 200 cases here; with D2MORA_FUZZ=1 thousands, other ones each time.
 """
 
 import copy

@@ -49,7 +49,7 @@ PLANTED = [
     (duplicate, {"duplicates": ["B1 = B8 in block 1 k_proj"]}),
     (partial(route, change=lambda w: 0.01 * w + 0.99 * torch.eye(3)[2]), {"collapsed": ["A3 in block 1 k_proj"]}),
     (partial(route, change=lambda w: w * torch.tensor([1, 1, 0.01])), {"dead": ["A3 in block 1 k_proj"]}),
-    (zero, {"vanished": ["grad_norm_A", "grad_norm_B", "grad_norm_routers"]}),
+    (zero, {"vanished": ["grad_norm_B"]}),
 ]
 
 

@@ -68,8 +68,8 @@ def test_round_trip_sees_a_hand_edit_and_an_orphan(scripts, tmp_path):
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_chapters_end_with_exercises_whose_solutions_check_themselves(path):
     cells = nbformat.read(path, 4).cells
-    begin = next(i for i, c in enumerate(cells) if c.source.startswith("## Exercises"))
-    asked = [c for c in cells[begin:] if c.cell_type == "markdown" and re.match(r"\*\*\d\.\*\*", c.source)]
+    begin = next(i for i, c in enumerate(cells) if "## Exercises" in c.source)
+    asked = re.findall(r"^\*\*\d\.\*\*", "\n".join(c.source for c in cells[begin:] if c.cell_type == "markdown"), re.M)
     solved = [c for c in cells[begin:] if c.source.startswith(SOLUTION)]
     assert 2 <= len(asked) == len(solved)
     for cell in solved:
@@ -106,14 +106,14 @@ def test_pictures_are_described_and_outputs_are_small(path):
         if cell.cell_type == "markdown":
             for alt, image in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", cell.source):
                 assert (path.parent / image).is_file() and len(alt) > 10, image
-    assert path.stat().st_size < 150_000, "run make notebooks, or show less"
+    assert path.stat().st_size < 250_000, "run make notebooks, or show less"
 
 
 def test_drawings_are_what_the_script_draws(scripts):
     drawings = scripts("drawings")
     for name in drawings.DRAWINGS:
         drawn = (drawings.IMAGES / f"{name}.svg").read_text(encoding="utf-8")
-        assert drawn == drawings.svg(name) and "<desc>" in drawn, f"run make drawings: {name}.svg"
+        assert drawn == drawings.svg(name) and "<desc" in drawn, f"run make drawings: {name}.svg"
 
 
 def test_readme_check_sees_a_change(scripts, monkeypatch, tmp_path):

@@ -143,7 +143,7 @@ def unfinished(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_of_a_run_runs_nothing(name, unfinished, ran, tmp_path, refused):
     run = Path(shutil.copytree(unfinished, tmp_path / "run"))
     PICKLES["raw"](run / "checkpoints" / "checkpoint-1" / name, MakesAFolder(ran))

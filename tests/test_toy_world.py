@@ -129,7 +129,7 @@ def test_a_damaged_asset_is_one_line(tmp_path, name):
     shutil.copytree(ASSETS, tmp_path, dirs_exist_ok=True)
     damaged = tmp_path / "toy-base" / name
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    with pytest.raises(ValueError, match="damaged.*make base") as error:
+    with pytest.raises(ValueError, match="damaged.*pretrain_base") as error:
         toy_base(tmp_path)
     assert "\n" not in str(error.value)
     damaged.unlink()

@@ -72,6 +72,7 @@ def plain_loop(model, folder, term=0.0):
 
 
 def by_accelerate(model, folder):
+    accelerate.state.GradientState._reset_state()  # of a Trainer in another test
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE)
     model, optimizer = accelerator.prepare(model, sgd(model))
     attach_orthogonality(model, optimizer)
