@@ -56,6 +56,8 @@ def fields(node: ast.ClassDef,  # a dataclass
             given = {k.arg: k.value for k in default.keywords}
             if "metadata" in given: said = ast.literal_eval(given["metadata"]).get("help", said)
             default = given.get("default") or (ast.Call(given["default_factory"], [], []) if "default_factory" in given else None)
+        elif isinstance(default, ast.Call) and unparsed(default.func) == "option":  # D2MoraConfig's: default, help
+            default, said = default.args[0], ast.literal_eval(default.args[1])
         rows.append((item.target.id, type_of(item.annotation), unparsed(default), said))
     return rows
 
