@@ -27,11 +27,11 @@ from statistics import mean, stdev
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .analysis import Monitor, draw
+from .analysis import Monitor, as_model, draw, layer_similarity, mean_similarity
 from .data import collator_for, data_path, prepare, read_rows
-from .evaluate import PROTOCOLS, evaluate, holm, load_target, mean_std, own_tasks, percent, read_graded, report
+from .evaluate import PROTOCOLS, evaluate, holm, mean_std, own_tasks, percent, read_graded, report
 from .evaluate import seeds_table, tasks_to_grade, test_rows, text_table, under_way
-from .orthogonality import active_experts, attach_orthogonality, expert_layers, pairwise_cosine
+from .orthogonality import attach_orthogonality, expert_layers
 from .recipe import Recipe, adapted_base, bare_model, base_shape, check_training
 from .scoring import row_hash
 from .tasks import TASKS
@@ -369,14 +369,9 @@ def grade(folder: Path, protocol: str, limit: int | None, data: str, wanted: lis
 
 def expert_similarity(folder: Path) -> dict[str, float]:
     "Mean |cosine| between two experts of a layer, over all layers: down (A's) and up (B's), where there are pairs."
-    found: dict[str, list[float]] = {"down": [], "up": []}
-    for A, B, _ in active_experts(load_target(folder)[0]):
-        for side, experts in (("down", A), ("up", B)):
-            E = experts.stack().detach()
-            if len(E) > 1:
-                above = torch.ones(len(E), len(E), dtype=torch.bool).triu(1)
-                found[side].append(float(pairwise_cosine(E)[above].abs().mean()))
-    return {side: mean(own) for side, own in found.items() if own}
+    found = layer_similarity(as_model(folder))
+    means = {side: mean_similarity(found, side) for side in ("down", "up")}
+    return {side: value for side, value in means.items() if not math.isnan(value)}
 
 # %% ../nbs/12_comparison.ipynb #c1a063b9
 def one_run(

@@ -8,7 +8,7 @@ __all__ = ['FIELDS', 'INSEPARABLE', 'PUBLISHED', 'DataConfig', 'row_problem', 'f
            'data_path', 'plain', 'survey', 'tokenize', 'answer_start', 'shorten_prompt', 'encode_row', 'encode',
            'ids_and_labels', 'Collator', 'check_tokenizer', 'collator_for', 'cache_key', 'encode_rows', 'Prepared',
            'split_validation', 'check_targets', 'prepare', 'counts_table', 'pack', 'check_packing', 'ByLength',
-           'sampling_arguments', 'epoch_batches', 'computed_tokens', 'logits_where_graded', 'useful_tokens']
+           'sampling_arguments', 'epoch_batches', 'computed_tokens', 'logits_where_graded']
 
 # %% ../nbs/09_data.ipynb #698fde67
 import gzip
@@ -630,10 +630,3 @@ def logits_where_graded(
         return args, kwargs | {"logits_to_keep": keep, "shift_labels": following[keep]}
 
     return model.register_forward_pre_hook(narrow, with_kwargs=True)
-
-
-def useful_tokens(
-    batch: dict[str, torch.Tensor],  # from the collator
-) -> int:
-    "The tokens of a batch that are not padding."
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()

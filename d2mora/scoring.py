@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORTEST_PREFIX', 'NEW_TOKENS', 'PROTOCOLS', 'row_hash', 'Item', 'common_length', 'encode_pairs', 'make_item',
-           'padded', 'forward', 'Prefix', 'read_rows', 'option_scores', 'BeamLayer', 'AnswerFound',
+           'padded', 'forward', 'Prefix', 'run_rows', 'option_scores', 'BeamLayer', 'AnswerFound',
            'generation_settings', 'without_own_generation_config', 'write_tokens', 'write', 'choice_pairs',
            'prompt_pairs', 'Protocol', 'make_items', 'grade_batch', 'out_of_memory', 'grading_order', 'grade_batches',
            'grade_rows', 'lm_eval_docs', 'lm_eval_tasks']
@@ -145,7 +145,7 @@ def _cached_prefix(model, ids: list[int], rows: int, prefix: Prefix) -> tuple:
     return past, n
 
 
-def read_rows(
+def run_rows(
     model,
     rows: list[list[int]],  # tokens
     keep: int = 1,  # for how many of the last tokens logits are wanted
@@ -204,7 +204,7 @@ def option_scores(
     sizes = [len(item.tails) for item in items]
     keep = max([1, *(-place for _, place, _, _ in in_heads)])
     with evaluating(model):
-        out, _, mask = read_rows(model, [item.head for item in items], keep, bool(tails), prefix)
+        out, _, mask = run_rows(model, [item.head for item in items], keep, bool(tails), prefix)
         past = getattr(out, "past_key_values", None)
         if tails and not isinstance(past, DynamicCache):  # no keys and values: read every option from its beginning
             options = [(item.head + tail, n) for item in items for tail, n in zip(item.tails, item.targets)]
@@ -289,7 +289,7 @@ def write_tokens(
         ids, mask = padded(prompts, "left", model.device)
         if min(map(len, prompts)) > 1:
             last = ids[:, -1:]
-            out, ids, mask = read_rows(model, [row[:-1] for row in prompts], prefix=prefix)
+            out, ids, mask = run_rows(model, [row[:-1] for row in prompts], prefix=prefix)
             ids, mask = torch.cat([ids, last], 1), torch.cat([mask, torch.ones_like(last)], 1)
             past: Any = getattr(out, "past_key_values", None)
             if _plain_cache(past):

@@ -134,14 +134,7 @@ def said(call):
 
 def test_all_linear_says_once_what_it_leaves_out():
     "Experts that are one tensor for all, as transformers 5 keeps Mixtral's, are no linear layers."
-    sizes = dict(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = {**SIZES, "hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2}
     mixtral = transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig(num_local_experts=4, **sizes))
     left = sum(p.numel() for n, p in mixtral.named_parameters() if ".experts." in n) / sum(
         p.numel() for p in mixtral.parameters()

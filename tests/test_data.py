@@ -30,13 +30,17 @@ from d2mora.data import (
     sampling_arguments,
     shorten_prompt,
     survey,
-    useful_tokens,
 )
 from d2mora.tasks import TASKS, training_prompt
 from d2mora.toy import toy_base, toy_rows
 
 STYLES = ("plain", "official", "cloze")
 SEVEN = [task for task in TASKS if task != "hellaswag"]  # whose training rows are in the shared data
+
+
+def useful_tokens(batch):
+    "The tokens of a batch that are not padding."
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
 def columns(rows):
