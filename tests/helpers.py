@@ -34,16 +34,13 @@ def fill(model, seed=1, std=0.3, adapter=""):
         torch.manual_seed(seed)
         for name, p in model.named_parameters():
             if "d2mora_" in name and name.endswith(adapter and f".{adapter}.weight"):
-                p.data.copy_(
-                    std * torch.randn(p.shape)
-                )  # drawn in float32: other types draw other numbers in some releases
+                p.data.copy_(std * torch.randn(p.shape))  # drawn in float32: other types draw other numbers
     return model
 
 
 def adapted(base=None, pairing="many-to-many", **fields):
     "An adapted tiny LLaMA whose logits differ from the base's by more than 1e-2."
-    base = tiny_llama() if base is None else base
-    ids = tokens()
+    base, ids = tiny_llama() if base is None else base, tokens()
     before = base(ids).logits.detach()
     model = fill(peft.get_peft_model(base, our_config(pairing, **fields))).eval()
     assert difference(model(ids).logits, before) > 1e-2
@@ -60,16 +57,17 @@ def adapted_stories(shared, **fields):
 
 
 def loop(layer, x):
-    "The update of a layer in float64, token by token and expert by expert; of a pairing that is new here, by its own function."
-    config, part = (
-        layer.adapter_config["default"],
-        lambda name: getattr(layer, f"d2mora_{name}")["default"].stack().detach().double(),
-    )
-    A, B = part("A"), part("B")
-    weigh = lambda side, v: (part(f"router_{side}") @ v).softmax(0)
+    "The update of a layer in float64, token by token and expert by expert; of a new pairing, by its own function."
+    config = layer.adapter_config["default"]
+
+    def part(name):
+        return getattr(layer, f"d2mora_{name}")["default"].stack().detach().double()
+
+    def weigh(side, v):
+        return (part(f"router_{side}") @ v).softmax(0)
 
     def token(v):
-        down = [a @ v for a in A]
+        down = torch.stack([a @ v for a in part("A")])
         if config.pairing == "one-to-one":
             e = [w * h for w, h in zip(weigh("down", v), down)]
         elif config.pairing == "one-to-many":
@@ -78,10 +76,8 @@ def loop(layer, x):
             z = sum(w * h for w, h in zip(weigh("down", v), down))
             e = [w * z for w in weigh("up", z)]
         else:
-            e = PAIRINGS[config.pairing](
-                lambda v: torch.stack([a @ v for a in A]), partial(weigh, "down"), partial(weigh, "up"), v
-            )
-        return sum(b.T @ e_j for b, e_j in zip(B, e))
+            e = PAIRINGS[config.pairing](lambda v: down, partial(weigh, "down"), partial(weigh, "up"), v)
+        return sum(b.T @ e_j for b, e_j in zip(part("B"), e))
 
     out = torch.stack([token(v) for v in x.double().reshape(-1, x.shape[-1])])
     return out.view(*x.shape[:-1], -1) * config.lora_alpha / config.r

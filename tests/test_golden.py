@@ -1,13 +1,9 @@
-"""The layer and the loss against recordings of the published code (facts of the method: see 04 and 05)."""
+"""The layer and the loss against recordings of the published code (facts of the method: see 04, 05 and appendix B)."""
 
-import re
-
-import peft
 import pytest
 import torch
 from safetensors import safe_open
 
-import d2mora
 from d2mora.lora import project_down, project_up
 from d2mora.orthogonality import similarity
 from d2mora.routers import many_to_many, route
@@ -28,7 +24,7 @@ def stacked(gold, prefix=""):
     return dict(A=A, B=B, down=parts["lora_route1.weight"], up=parts["lora_route2.weight"])
 
 
-def run(meta, gold, similarity=similarity, route=route):
+def run(meta, gold, similarity, route):
     "Everything the recording holds, computed by our functions: outputs, weights, z, gradients."
     p = {k: v.clone().requires_grad_() for k, v in stacked(gold).items()}
     x, seen = gold["x"].clone().requires_grad_(), {}
@@ -49,12 +45,12 @@ def relative(a, b):
     return (a - b).norm() / b.norm()
 
 
-def mismatches(golden, **functions):
+def mismatches(golden, similarity=similarity, route=route):
     meta, gold = golden
-    out, p, x = run(meta, gold, **functions)
-    grads, expected = {k: v.grad for k, v in p.items()}, stacked(gold, "grad.")
+    out, p, x = run(meta, gold, similarity, route)
+    expected = stacked(gold, "grad.")
     wrong = [k for k, v in out.items() if not torch.allclose(v, gold[k], rtol=1e-5, atol=1e-5)]
-    wrong += [f"grad.{k}" for k in p if relative(grads[k], expected[k]) > 1e-4]
+    wrong += [f"grad.{k}" for k in p if relative(p[k].grad, expected[k]) > 1e-4]
     return wrong + ["grad.x"] * bool(relative(x.grad, gold["grad.x"]) > 1e-4)
 
 
@@ -63,30 +59,6 @@ def test_outputs_and_all_gradients_match(golden):
 
 
 def test_a_wrong_loss_or_router_is_noticed(golden):
-    "The check can fail: a loss that is twice as large shows in the gradients, a router without softmax everywhere."
+    "The check can fail: a loss that is too large shows in the gradients, a router without softmax everywhere."
     assert {"grad.A", "grad.B"} & set(mismatches(golden, similarity=lambda W: 3000 * similarity(W)))
     assert "y" in mismatches(golden, route=lambda v, R: torch.sigmoid(v @ R.T))
-
-
-def test_checkpoint_through_peft(golden):
-    meta, gold = golden
-    published = {f"base_model.model.proj.{k}": v for k, v in gold.items() if k.startswith("lora_")}
-    config, weights = d2mora.convert_official_checkpoint(
-        published, lora_alpha=float(meta["lora_alpha"]), task_type=None
-    )
-    net = torch.nn.ModuleDict(
-        {"proj": torch.nn.Linear(gold["x"].shape[-1], gold["y"].shape[-1], bias="base.bias" in gold)}
-    )
-    net.proj.load_state_dict({k[5:]: v for k, v in gold.items() if k.startswith("base.")})
-    model = peft.get_peft_model(net, config)
-    peft.set_peft_model_state_dict(model, weights)
-    torch.testing.assert_close(model.base_model.model.proj(gold["x"]), gold["y"], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("drop", ["lora_A.0.weight", "lora_B.0.weight", "lora_route1.weight"])
-def test_incomplete_checkpoint_is_refused(drop):
-    shapes = {"lora_A.0": (2, 6), "lora_A.1": (2, 6), "lora_B.0": (5, 2), "lora_B.1": (5, 2), "lora_route1": (2, 6)}
-    published = {f"proj.{name}.weight": torch.ones(shape) for name, shape in (shapes | {"lora_route2": (2, 2)}).items()}
-    del published[f"proj.{drop}"]
-    with pytest.raises(ValueError, match=re.escape(drop.removesuffix(".weight"))):
-        d2mora.convert_official_checkpoint(published, lora_alpha=16)

@@ -16,13 +16,12 @@ from d2mora.routers import route
 from d2mora.tuner import update
 
 SIZES = [(pairing, M, N, r) for pairing, (M, N) in PAIRS.items() for r in (1, 256)]
-SIZES += [("many-to-many", *size) for size in ((1, 8, 8), (64, 8, 8), (3, 1, 8), (3, 64, 8), (1, 1, 1), (64, 64, 1))]
+SIZES += [("many-to-many", *size) for size in ((64, 1, 8), (1, 64, 8), (1, 1, 1))]
 SIZES += [("one-to-many", 1, 1, 8), ("one-to-many", 1, 64, 8), ("one-to-one", 1, 1, 8), ("one-to-one", 64, 64, 8)]
 SMALL = [size for size in SIZES if size[3] < 256 and size[1] * size[2] < 100] + [("many-to-many", 2, 2, 16)]
 WIDE, OUT = 16, 12
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 pairings = pytest.mark.parametrize("pairing", PAIRS)
-sizes_of_input = pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
 
 
 def layer_of(pairing="many-to-many", M=3, N=8, r=8, dtype=torch.float32, std=0.05, **fields):
@@ -66,16 +65,6 @@ def test_any_size_equals_the_loop_in_float64(pairing, M, N, r):
     assert expected.abs().max() > 1e-3
     assert difference(update(layer.double(), "default", x.double()), expected) < 1e-9 * expected.abs().max()
     assert difference(update(layer.float(), "default", x), expected) < 1e-5 * expected.abs().max() * r**0.5
-    assert finite(passes(layer, x))
-
-
-class Update(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return update(self.layer, "default", x)
 
 
 @pytest.mark.parametrize("pairing, M, N, r", SMALL)
@@ -83,27 +72,23 @@ class Update(nn.Module):
 def test_gradients_in_float64(pairing, M, N, r, p, monkeypatch):
     "gradcheck of input, experts and routers; with dropout, under a mask that stays."
     layer = layer_of(pairing, M, N, r, torch.float64, std=0.5, lora_dropout=p)
-
-    def mask(count, p, device=None):
-        return torch.arange(-(-count // 8) * 8) % 5 > 1
-
-    monkeypatch.setattr(lean, "draw_mask", mask)
-    names = [name for name, _ in Update(layer).named_parameters() if "d2mora_" in name]
-    held = dict(Update(layer).named_parameters())
-    x = torch.randn(2, WIDE, dtype=torch.float64, requires_grad=True)
+    layer.base_layer.weight.data.zero_()
+    monkeypatch.setattr(lean, "draw_mask", lambda count, *_: torch.arange(-(-count // 8) * 8) % 5 > 1)
+    names, held = zip(*((name, p) for name, p in layer.named_parameters() if "d2mora_" in name))
 
     def output(x, *own):
-        return torch.func.functional_call(Update(layer), dict(zip(names, own)), (x,))
+        return torch.func.functional_call(layer, dict(zip(names, own)), (x,))
 
-    inputs = (x, *(held[name].detach().clone().requires_grad_() for name in names))
+    x = torch.randn(2, WIDE, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *(t.detach().clone().requires_grad_() for t in held))
     assert torch.autograd.gradcheck(output, inputs, fast_mode=True) and output(*inputs).abs().max() > 1e-3
 
 
 @halves
-@sizes_of_input
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
 @pytest.mark.parametrize("pairing, M, N, r", SIZES)
 def test_finite_wherever_lora_is(pairing, M, N, r, size, dtype):
-    "Weights and inputs in 16 bits. Never a NaN, and an infinity only where the number itself is beyond fp16, which ends at 65,504."
+    "16 bits: never a NaN, and an infinity only where the number itself is beyond fp16, which ends at 65,504."
     layer = layer_of(pairing, M, N, r, dtype)
     x = (size * torch.rand(4, WIDE).mul(2).sub(1)).to(dtype)
     ours, plain = passes(layer, x), passes(lora_of(layer), x)
@@ -116,10 +101,10 @@ def test_finite_wherever_lora_is(pairing, M, N, r, size, dtype):
 
 
 @halves
-@sizes_of_input
+@pytest.mark.parametrize("size", [1.0, 1e4])
 @pairings
 def test_float32_experts_beside_a_base_in_half_precision(pairing, size, dtype):
-    "As training has them: inputs in 16 bits up to 1e4, experts in float32. Finite, and as near to float64 as the output's type allows."
+    "As training has them. Finite, and as near to float64 as the output's type allows."
     layer = layer_of(pairing, *PAIRS[pairing])
     layer.base_layer.to(dtype)
     x = (size * torch.rand(6, WIDE).mul(2).sub(1)).to(dtype)
@@ -129,7 +114,7 @@ def test_float32_experts_beside_a_base_in_half_precision(pairing, size, dtype):
 
 
 def test_fp16_overflows_for_lora_too():
-    "The limit that is not ours: with weights near 1, r = 256 and inputs of 1e4 neither fits into fp16; float32 experts do."
+    "The limit that is not ours: with weights near 1, r = 256 and inputs of 1e4 neither fits; float32 experts do."
     layer, x = layer_of(r=256, dtype=torch.float16, std=1.0), torch.full((2, WIDE), 1e4, dtype=torch.float16)
     assert not finite(passes(lora_of(layer), x)) and not finite(passes(layer, x))
     layer.float().base_layer.half()
@@ -137,11 +122,10 @@ def test_fp16_overflows_for_lora_too():
 
 
 @halves
-@pytest.mark.parametrize("scale", [1e3, 1e4])
-def test_routers_saturate_without_nan(dtype, scale):
+def test_routers_saturate_without_nan(dtype):
     "Logits far beyond exp's range, and equal ones: weights from 0 to 1 that sum to 1."
     R = torch.tensor([1.0, -1.0, 0.0, 1.0])[:, None].expand(4, WIDE).to(dtype)
-    x = (torch.rand(5, WIDE) * scale / WIDE).to(dtype).requires_grad_()
+    x = (torch.rand(5, WIDE) * 1e4 / WIDE).to(dtype).requires_grad_()
     weights = route(x, R)
     weights[..., 0].sum().backward()
     assert weights.dtype == torch.float32 and weights.sum(-1).sub(1).abs().max() < 1e-6 and x.grad.isfinite().all()
@@ -149,10 +133,9 @@ def test_routers_saturate_without_nan(dtype, scale):
 
 
 @pairings
-@pytest.mark.parametrize("shape", [(0,), (0, 5), (2, 0), (1,), (1, 1), ()])
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_no_token_and_one(pairing, shape, p):
-    layer, x = layer_of(pairing, *PAIRS[pairing], lora_dropout=p), torch.randn(*shape, WIDE)
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (2, 0), (1,), ()])
+def test_no_token_and_one(pairing, shape):
+    layer, x = layer_of(pairing, *PAIRS[pairing], lora_dropout=0.5), torch.randn(*shape, WIDE)
     found = passes(layer, x)
     assert found["y"].shape == (*shape, OUT) and finite(found)
     grads = [t for name, t in found.items() if "d2mora" in name]

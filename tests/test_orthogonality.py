@@ -1,4 +1,4 @@
-"""The orthogonality loss: its values, how it is attached, and the warning when nobody applies it. Who trains: test_trainers."""
+"""The orthogonality loss: how it is attached, and the warning when nobody applies it. Its values: chapter 05. Who trains: test_trainers."""
 
 import pickle
 import warnings
@@ -9,7 +9,7 @@ from helpers import adapted, tokens
 from torch import nn
 
 import d2mora
-from d2mora.orthogonality import add_orthogonality_gradient, orthogonality_loss, pairwise_cosine, similarity
+from d2mora.orthogonality import add_orthogonality_gradient, orthogonality_loss, similarity
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -18,28 +18,23 @@ def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def test_values():
-    eye = torch.eye(6).view(3, 2, 6)
-    assert similarity(eye) == 0
-    assert similarity(eye[:1].repeat(3, 1, 1)).item() == pytest.approx(3, abs=1e-4)
-    W = torch.randn(5, 3, 7)
+def norm(model):
+    return sum(p.grad.norm() for p in trained(model) if p.grad is not None)
+
+
+def test_values_and_gradient():
+    "Pairs add up; the gradient is right wherever the loss is smooth, and finite where experts are zero, equal or opposite."
+    W = torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True)
     cosine = torch.nn.functional.cosine_similarity
     pairs = sum(cosine(W[i].flatten(), W[j].flatten(), dim=0).abs() for i in range(5) for j in range(i))
     torch.testing.assert_close(similarity(W), pairs, rtol=1e-4, atol=1e-5)
-    assert pairwise_cosine(W).shape == (5, 5)
-    single = adapted(num_down_experts=1, num_up_experts=1)
-    assert orthogonality_loss(single) == 0 and orthogonality_loss(single, parts=True) == (0, 0)
-
-
-def test_gradient():
-    "Right wherever the loss is smooth; finite where experts are zero, equal or opposite."
-    W = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(similarity, W)
     one = torch.ones(2, 5)
     for experts in (torch.zeros(4, 2, 5), one.expand(3, 2, 5), torch.stack([one, -one, 0 * one])):
         experts = experts.clone().requires_grad_()
         similarity(experts).backward()
         assert experts.grad.isfinite().all()
+    assert orthogonality_loss(adapted(num_down_experts=1, num_up_experts=1), parts=True) == (0, 0)
 
 
 def test_hook_equals_a_term_in_the_loss():
@@ -62,7 +57,7 @@ def test_attached_twice_counts_once_and_detaches():
         handle = d2mora.attach_orthogonality(model, optimizer)
         model.zero_grad()
         optimizer.step()
-        norms.append(sum(p.grad.norm() for p in trained(model) if p.grad is not None).item())
+        norms.append(norm(model).item())
     assert norms[0] == norms[1] > 0
     handle.remove()
     model.zero_grad()
@@ -80,7 +75,7 @@ def test_only_trained_experts_are_moved_and_a_fused_scaler_is_followed():
         model.zero_grad()
         add_orthogonality_gradient(model, optimizer)
         assert {"d2mora_B" in name for name, p in model.named_parameters() if p.grad is not None} == {True}
-        norms.append(sum(p.grad.norm() for p in trained(model)))
+        norms.append(norm(model))
     torch.testing.assert_close(norms[1], 8 * norms[0])
 
 
@@ -91,8 +86,12 @@ def test_wrong_model_or_optimizer_is_refused():
         d2mora.attach_orthogonality(adapted(), torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0))
 
 
-def inert_warnings(weight=1e-4, use=None, steps=4, train=True):
-    "How often a run of some steps warns that the loss is not applied."
+@pytest.mark.parametrize("how, count", [
+    ({}, 1), (dict(steps=1), 0), (dict(weight=0.0), 0), (dict(use="attach"), 0), (dict(use="loss"), 0), (dict(train=False), 0),
+])  # fmt: skip
+def test_a_weight_that_nobody_applies_warns_once(how, count):
+    "One step has moved nothing yet."
+    weight, use, steps, train = ({"weight": 1e-4, "use": None, "steps": 4, "train": True} | how).values()
     model = adapted(orthogonality_weight=weight).train(train)
     optimizer = torch.optim.SGD(trained(model), lr=1e-2)
     with warnings.catch_warnings(record=True) as caught:
@@ -105,16 +104,7 @@ def inert_warnings(weight=1e-4, use=None, steps=4, train=True):
             optimizer.step()
             optimizer.zero_grad()
         pickle.dumps(model)
-    return sum("not applied" in str(w.message) for w in caught)
-
-
-def test_a_weight_that_nobody_applies_warns_once():
-    assert inert_warnings() == 1
-    assert inert_warnings(steps=1) == 0  # nothing has moved yet
-    assert inert_warnings(weight=0.0) == 0
-    assert inert_warnings(use="attach") == 0
-    assert inert_warnings(use="loss") == 0
-    assert inert_warnings(train=False) == 0
+    assert sum("not applied" in str(w.message) for w in caught) == count
 
 
 def test_inference_mode_is_no_training():
