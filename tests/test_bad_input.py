@@ -389,7 +389,7 @@ ADAPTERS = {
     "no configuration": (written(CONFIG, None), "there is no adapter_config.json"),
     "no weights": (written(WEIGHTS, None), "no adapter_model.safetensors"),
     "configuration cut off": (written(CONFIG, 30), "adapter_config.json is no JSON"),
-    "configuration a list": (written(CONFIG, "[1, 2]"), "no keys and values"),
+    "configuration a list": (written(CONFIG, "[1, 2]"), "holds no peft_type"),
     "configuration nested": (written(CONFIG, "[" * 100_000), "adapter_config.json"),
     "method unknown": (config(peft_type="D3MORA"), "'D2MORA'"),
     "a field of a later version": (config(top_k=2), "D2MORA has no top_k"),
