@@ -58,7 +58,7 @@ def run(data, tmp_path_factory):
 
 
 def falls(run):
-    "How far the loss on held-out answers fell, against the frozen base, in nats per graded token."
+    "How far the loss on held-out answers fell, against the frozen base, in nats per target token."
     return {task: before - after for task, (before, after) in validation_losses(run).items()}
 
 
