@@ -518,7 +518,7 @@ def _append(path: Path, lines: list[dict]) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
         file.write(_json_lines(lines).encode())
 
-# %% ../nbs/11_evaluation.ipynb #6d08964e
+# %% ../nbs/11_evaluation.ipynb #59d0f821
 def join() -> tuple[int, int]:
     "This process's number, and how many there are; under torchrun the processes find each other first."
     dist = torch.distributed
@@ -537,18 +537,6 @@ def _gather(value: dict, processes: int) -> dict:
     return {k: v for own in found for k, v in own.items()}
 
 
-def _graded_earlier(folder: Path | None, settings: dict, again: bool, share: tuple[int, int]) -> dict[str, dict]:
-    "What earlier calls have graded, by hash, read by all processes before any of them writes."
-    if folder is None:
-        return {}
-    if again and share[0] == 0:
-        _set_aside(folder, settings["protocol"])
-    _gather({}, share[1])
-    done = _earlier_rows(folder, settings)
-    _gather({}, share[1])
-    return done
-
-
 def _grade_all(
     model, tokenizer, rows: dict, settings: dict, size: int, done: dict, share: tuple[int, int], progress: bool
 ) -> Iterator[list[dict]]:
@@ -564,10 +552,32 @@ def _grade_all(
                 yield [g | {"settings": own_hash} for g in batch if g["hash"] not in done]
                 bar.update(len(batch))
 
-# %% ../nbs/11_evaluation.ipynb #be6ec715
-def _write_results(folder: Path, protocol: str, result: dict, lines: Iterable[dict]) -> None:
+
+def _graded_rows(
+    model, tokenizer, rows: dict, settings: dict, size: int, folder: Path | None, share: tuple[int, int], progress: bool
+) -> dict[str, dict]:
+    "Every row by hash: what earlier calls have graded, and the rest, appended to the folder batch by batch."
+    rank, processes = share
+    _gather({}, processes)
+    done = _earlier_rows(folder, settings) if folder else {}
+    _gather({}, processes)  # all have read what is done before any of them writes
+    fresh: dict[str, dict] = {}
+    for lines in _grade_all(model, tokenizer, rows, settings, size, done, share, progress):
+        if folder and lines:
+            _append(folder / f"evaluation-{settings['protocol']}.part-{rank}.jsonl", lines)
+        fresh |= {line["hash"]: line for line in lines}
+    return done | _gather(fresh, processes)
+
+# %% ../nbs/11_evaluation.ipynb #7961ca3c
+def _provenance(settings: dict) -> dict:
+    "What a result depends on."
+    versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")}
+    return {k: settings[k] for k in ("protocol", "prompt", "dtype")} | {"settings": settings, "versions": versions}
+
+
+def _write_results(folder: Path, protocol: str, result: dict, lines: list[dict]) -> None:
     "Write evaluation-PROTOCOL.json, every row beside it in .jsonl, and a picture; write report.md anew."
-    write_text(folder / f"evaluation-{protocol}.jsonl", _json_lines(list(lines)))
+    write_text(folder / f"evaluation-{protocol}.jsonl", _json_lines(lines))
     write_text(folder / f"evaluation-{protocol}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     save_picture(draw_results({folder.resolve().name: result}), folder / "plots", f"evaluation-{protocol}")
     write_text(folder / "report.md", report(folder))
@@ -597,30 +607,21 @@ def evaluate(
     path = data_path(DataConfig(path=data or (config and config.path)))
     rows = test_rows(path, tasks or own_tasks(path, config and config.tasks, rank == 0), limit)
     settings = settings_of(model, tokenizer, protocol, _prompt_style(protocol, prompt, config and config.prompt))
-    place, fresh = output or target, {}
+    place = output or target
     folder = Path(place) if place else None
     with locked(folder) if folder and rank == 0 else nullcontext():
-        done = _graded_earlier(folder, settings, again, share)
-        if folder and folder.is_dir():
+        if folder and rank == 0:
+            if again:
+                _set_aside(folder, protocol)
             report(folder)  # what cannot be read is an error now, not after hours
-        for lines in _grade_all(on_device(model), tokenizer, rows, settings, batch_size, done, share, progress):
-            if folder and lines:
-                _append(folder / f"evaluation-{protocol}.part-{rank}.jsonl", lines)
-            fresh |= {line["hash"]: line for line in lines}
-        found = done | _gather(fresh, processes)
+        found = _graded_rows(on_device(model), tokenizer, rows, settings, batch_size, folder, share, progress)
         graded = {t: [found[row_hash(row, t)] | {"row": i} for i, row in enumerate(own)] for t, own in rows.items()}
-        result = {
-            **{"target": str(target) if target else None, "base": model.config.name_or_path, "data": str(path)},
-            **{key: settings[key] for key in ("protocol", "prompt", "dtype")},
-            **{"limit": limit, "batch_size": batch_size, "processes": processes, "settings": settings},
-            "versions": {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")},
-            **results(graded, rows),
-        }
+        about = {"target": str(target) if target else None, "base": model.config.name_or_path, "data": str(path)}
+        how = {"limit": limit, "batch_size": batch_size, "processes": processes}
+        result = about | how | _provenance(settings) | results(graded, rows)
         if folder and rank == 0:
             first = {g["hash"]: g for own in graded.values() for g in own}
-            _write_results(
-                folder, protocol, result, (first | {k: v for k, v in found.items() if k not in first}).values()
-            )
+            _write_results(folder, protocol, result, list((first | found | first).values()))
     return result
 
 # %% ../nbs/11_evaluation.ipynb #adf248bd

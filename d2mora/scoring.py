@@ -7,7 +7,7 @@ __all__ = ['SHORTEST_PREFIX', 'NEW_TOKENS', 'PROTOCOLS', 'row_hash', 'Item', 'ma
            'BeamLayer', 'generation_settings', 'write_tokens', 'write', 'Protocol', 'grade_batch', 'out_of_memory',
            'grading_order', 'grade_batches', 'grade_rows', 'lm_eval_docs', 'lm_eval_tasks']
 
-# %% ../nbs/h_scoring.ipynb #01b1def2
+# %% ../nbs/h_scoring.ipynb #2934a51a
 import copy
 import inspect
 import json
@@ -26,11 +26,11 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 from typing import Any
 
-from .data import DataConfig, answer_start, collator_for, data_path, read_task, shorten_prompt, tokenize
+from .data import DataConfig, collator_for, data_path, read_task, shorten_prompt
 from .recipe import max_positions
 from .tasks import ANSWER_PREFIX, content_pairs, evaluating, evaluation_prompt, parse_answer, row_answers
 
-# %% ../nbs/h_scoring.ipynb #1c05dc63
+# %% ../nbs/h_scoring.ipynb #f8cd7a4c
 def row_hash(row: dict, task: str) -> str:
     "Sixteen hexadecimal digits that identify a row by its content."
     content = [task, row["instruction"], row.get("input") or "", row["answer"]]
@@ -56,10 +56,11 @@ def _common_length(rows: list[list[int]]) -> int:
 
 def _encode(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
     "For each (context, option) the token ids of both as one text, and how many of the last are target tokens."
+    coded = tokenizer([context + option for context, option in pairs], return_offsets_mapping=True)
     found = []
-    for (ids, spans), (context, _) in zip(tokenize(tokenizer, pairs), pairs):
-        end = max((i + 1 for i, (start, stop) in enumerate(spans) if start < stop), default=0)  # an EOS is left out
-        found.append((ids[:end], end - answer_start(spans[:end], context)))
+    for ids, spans, (context, _) in zip(coded["input_ids"], coded["offset_mapping"], pairs):
+        n = max((i + 1 for i, (start, end) in enumerate(spans) if start < end), default=0)  # some tokenizers add an EOS
+        found.append((ids[:n], sum(end > len(context) for _, end in spans[:n])))
     return found
 
 

@@ -19,7 +19,7 @@ from d2mora.toy import toy_base
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A run that was trained on one task."
-    return demo_run(tmp_path_factory.mktemp("runs") / "run", ["boolq"], scale=0.3)
+    return demo_run(tmp_path_factory.mktemp("runs") / "run", ["boolq"])
 
 
 def test_results_files_and_tables(run, capsys):
@@ -75,7 +75,7 @@ def test_ask(run, capsys):
 
 
 def test_several_folders_are_compared(run, tmp_path, capsys):
-    seeds = [demo_run(tmp_path / f"seed-{seed}", scale=0.9 + seed / 10, seed=seed) for seed in (0, 1)]
+    seeds = [demo_run(tmp_path / f"seed-{seed}", scale=0.3 + seed / 20, seed=seed) for seed in (0, 1)]
     call = ["evaluate", *map(str, [*seeds, run]), "--tasks", "boolq,piqa", "--limit", "20", "--protocol", "content"]
     assert main(call) == 0
     out = capsys.readouterr().out

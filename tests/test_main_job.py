@@ -16,11 +16,11 @@ TRAINED = [task for task in TASKS if task != "hellaswag"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, shared):
-    "The first 80 train rows and 8 test rows of each task, as files."
+    "The first 40 train rows and 8 test rows of each task, as files."
     folder = tmp_path_factory.mktemp("data")
     for task in TASKS:
         (folder / task).mkdir()
-        for split, n in (("train", 80), ("test", 8)):
+        for split, n in (("train", 40), ("test", 8)):
             if (task, split) != ("hellaswag", "train"):
                 rows = read_task(str(shared / "data"), task, split).remove_columns("task").to_list()
                 (folder / task / f"{split}.json").write_text(json.dumps(rows[-n:] if task == "hellaswag" else rows[:n]))
@@ -30,7 +30,7 @@ def data(tmp_path_factory, shared):
 @pytest.fixture(scope="module")
 def run(data, shared, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "mini"
-    told = [f"base={shared / 'models/stories260K'}", f"data.path={data}", "data.validation_rows=70"]
+    told = [f"base={shared / 'models/stories260K'}", f"data.path={data}", "data.validation_rows=28"]
     told += ["training.max_steps=20", "training.warmup_steps=4", "training.per_device_train_batch_size=8"]
     assert main(["train", "commonsense-mini", *told, "training.save_strategy=no", "--output", str(output)]) == 0
     return output
