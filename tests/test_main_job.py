@@ -22,8 +22,10 @@ def data(tmp_path_factory, shared):
         (folder / task).mkdir()
         for split, n in (("train", 40), ("test", 8)):
             if (task, split) != ("hellaswag", "train"):
-                rows = read_task(str(shared / "data"), task, split).remove_columns("task").to_list()
-                (folder / task / f"{split}.json").write_text(json.dumps(rows[-n:] if task == "hellaswag" else rows[:n]))
+                rows = read_task(str(shared / "data"), task, split).remove_columns("task")
+                start = len(rows) - n if task == "hellaswag" else 0  # the last of its rows are long
+                few = rows.select(range(start, start + n)).to_list()
+                (folder / task / f"{split}.json").write_text(json.dumps(few))
     return folder
 
 
