@@ -21,7 +21,7 @@ from d2mora.utils import write_text
 STEPS, SEEDS, LIMIT = 200, (0, 1, 2), 100  # LIMIT: test rows a task
 WEIGHTS, RANKS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2), (1, 3, 6)
 DOWN, UP = (1, 2, 4), (1, 2, 4, 8)
-PLATEAU = 0.15  # nats per graded token: runs stay near 0.19 until they have found how the tasks are put
+PLATEAU = 0.15  # nats per target token: runs stay near 0.19 until they have found how the tasks are put
 
 
 def resized(recipe: Recipe, r: int, **changes) -> dict:

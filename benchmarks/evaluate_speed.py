@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 from d2mora.data import read_task
 from d2mora.evaluate import load_target
 from d2mora.recipe import max_positions
-from d2mora.scoring import NEW_TOKENS, Item, grade_rows, make_item, option_scores, prompt_pairs
+from d2mora.scoring import NEW_TOKENS, PROTOCOLS, Item, grade_rows, make_item, option_scores
 from d2mora.tasks import TASKS, evaluation_prompt, parse_answer
 from d2mora.utils import write_text
 
@@ -90,7 +90,7 @@ def differences(model, tokenizer, task, rows, texts, graded) -> list[dict]:
     found = []
     for i, (row, text, g) in enumerate(zip(rows, texts, graded)):
         if text != g["text"]:
-            head = make_item(tokenizer, prompt_pairs(row, task, "official"), None).head
+            head = make_item(tokenizer, PROTOCOLS["official"].pairs(row, task, "official"), None).head
             ids = [tokenizer(evaluation_prompt(row, "official") + t).input_ids[len(head):] for t in (text, g["text"])]
             scores = option_scores(model, [Item(head, ids, [len(own) for own in ids], [], False)])[0].tolist()
             margin = abs(scores[0] / len(ids[0]) - scores[1] / len(ids[1]))  # nats per token, by which beam search ranks

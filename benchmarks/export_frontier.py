@@ -56,7 +56,7 @@ def answer_moments(model, rows: list[dict]) -> dict:
     "What `calibrate` gives, from the tokens alone that precede a graded one."
     total, tokens = {}, 0
     for row in rows:
-        first, last = max(row["graded_from"] - 1, 0), len(row["input_ids"]) - 1
+        first, last = max(row["target_start"] - 1, 0), len(row["input_ids"]) - 1
         narrow = lambda sums, layer, adapter, x: add_moments(sums, layer, adapter, x[:, first:last])
         with patch.object(d2mora.export, "add_moments", narrow):
             found = calibrate(model, [row])

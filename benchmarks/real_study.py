@@ -77,8 +77,8 @@ def task_losses(model, tokenizer, config: DataConfig, rows: list[dict]) -> list[
     columns = {k: [row[k] for row in rows] for k in ("instruction", "input", "output")}
     coded, found = encode(columns, tokenizer, config), {}
     ready = [
-        {"input_ids": ids, "graded_from": 0, "answer_from": start}
-        for ids, start in zip(coded["input_ids"], coded["graded_from"])
+        {"input_ids": ids, "target_start": 0, "answer_from": start}
+        for ids, start in zip(coded["input_ids"], coded["target_start"])
     ]
     order = sorted(range(len(ready)), key=lambda i: len(ready[i]["input_ids"]))
     for start in range(0, len(order), 32):

@@ -152,7 +152,7 @@ def _train(recipe, output, resume):
 @click.option("--batch-size", default=32, show_default=True, help="Rows at once; halved if too many.")
 @click.option("--output", type=FOLDER, help="Where results go; default: into DIR.")
 @click.option("--again", is_flag=True, help="Move earlier results aside, grade anew.")
-@click.option("--paper", is_flag=True, help="Print the paper's rows under any base.")
+@click.option("--paper", is_flag=True, help="Print the paper's rows, too.")
 @click.option("--ask", "question", help="Answer one question by base and adapter instead.")
 def evaluate(targets, base, question, paper, **options):
     """Grade run folders, adapter folders, or a bare base by --base.
@@ -190,14 +190,14 @@ def _print_answers(question, target, base):
 
 
 def _print_result(target, base, paper, options):
-    "Grade one target; print its table, and the paper's where that is comparable or asked for."
-    from d2mora.evaluate import NOTE, comparable, evaluate, how, join, paper_table, result_table
+    "Grade one target; print its table, and the paper's where asked for."
+    from d2mora.evaluate import NOTE, evaluate, how, join, paper_table, result_table
 
     result = evaluate(target, base, **options)
     if join()[0]:
         return  # of several processes the first one prints
     click.echo(f"{target or base}: protocol {result['protocol']}, {how(result)}\n{result_table(result)}")
-    if paper or comparable(result):
+    if paper:
         click.echo(f"\n{paper_table()}\n{NOTE}")
     if folder := options["output"] or target:
         written = Path(folder) / f"evaluation-{result['protocol']}.json"

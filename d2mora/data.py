@@ -8,7 +8,7 @@ __all__ = ['FIELDS', 'INSEPARABLE', 'PUBLISHED', 'DataConfig', 'row_problem', 'f
            'data_path', 'plain', 'survey', 'tokenize', 'answer_start', 'shorten_prompt', 'encode_row', 'encode',
            'ids_and_labels', 'Collator', 'check_tokenizer', 'collator_for', 'cache_key', 'encode_rows', 'Prepared',
            'split_validation', 'check_targets', 'prepare', 'counts_table', 'pack', 'check_packing', 'ByLength',
-           'sampling_arguments', 'epoch_batches', 'computed_tokens', 'logits_where_graded']
+           'sampling_arguments', 'epoch_batches', 'computed_tokens', 'logits_at_targets']
 
 # %% ../nbs/09_data.ipynb #698fde67
 import gzip
@@ -339,7 +339,7 @@ def encode_row(
     texts: tuple[str, str],  # (prompt, answer)
     tokenizer,  # a fast tokenizer with an EOS token
     config: DataConfig,  # cutoff, truncation, train_on_inputs
-) -> dict:  # input_ids; graded_from, the index of the first target token; status; length
+) -> dict:  # input_ids; target_start, the index of the first target token; status; length
     "Encode one row that is tokenized already."
     (ids, spans), (prompt, answer), status = tokenized, texts, "whole"
     own_eos = ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS themselves
@@ -350,14 +350,14 @@ def encode_row(
         ((ids, spans),) = tokenize(tokenizer, [(prompt, answer)])
     ids = [*ids[: len(ids) - own_eos], tokenizer.eos_token_id][: config.cutoff]
     start = 0 if config.train_on_inputs else min(answer_start(spans, prompt), len(ids))
-    return {"input_ids": ids, "graded_from": start, "status": status, "length": len(ids)}
+    return {"input_ids": ids, "target_start": start, "status": status, "length": len(ids)}
 
 
 def encode(
     rows: dict[str, list],  # a batch of rows, by column, as `Dataset.map` hands it over
     tokenizer,  # a fast tokenizer with an EOS token
     config: DataConfig,  # how to prompt and to cut
-) -> dict[str, list]:  # columns input_ids, graded_from, status, length
+) -> dict[str, list]:  # columns input_ids, target_start, status, length
     "Encode a batch of rows with one call of the tokenizer, which is much faster than one for each."
     texts = [training_prompt(dict(zip(rows, values)), config.prompt) for values in zip(*rows.values())]
     coded = [encode_row(t, text, tokenizer, config) for t, text in zip(tokenize(tokenizer, texts), texts)]
@@ -371,7 +371,7 @@ def ids_and_labels(
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
     labels = [i.clone() for i in ids]
     for label, row in zip(labels, rows):
-        label[: max(1, row["graded_from"])] = -100  # nothing comes before the first token
+        label[: max(1, row["target_start"])] = -100  # nothing comes before the first token
     return ids, labels
 
 
@@ -439,7 +439,7 @@ def encode_rows(
     rows: "datasets.Dataset",  # from `read_rows`
     config: DataConfig,  # the `data:` section of a recipe
     tokenizer,  # a fast tokenizer
-) -> "datasets.Dataset":  # columns input_ids, graded_from, status, length, task, row
+) -> "datasets.Dataset":  # columns input_ids, target_start, status, length, task, row
     "Encode all rows, in parallel and only once: the result is stored in the cache of `datasets` if that is possible."
     import datasets
     import pyarrow
@@ -465,7 +465,7 @@ def encode_rows(
 class Prepared:
     "What a run trains and validates on."
 
-    train: "datasets.Dataset"  # columns input_ids, graded_from, length, task, row; packed, if they may share a sequence
+    train: "datasets.Dataset"  # columns input_ids, target_start, length, task, row; packed if they may share a sequence
     validation: dict[str, "datasets.Dataset"]  # the same by task; empty without validation rows
     counts: dict[str, dict[str, int]]  # for each task: rows, published, repeated, in_test, shortened, skipped, lost
 
@@ -488,7 +488,7 @@ def split_validation(
 
 def check_targets(rows: "datasets.Dataset", name: str, config: DataConfig) -> None:
     "A ValueError if the cutoff leaves none of these rows a target token."
-    if all(start >= length for start, length in zip(column(rows, "graded_from"), column(rows, "length"))):
+    if all(start >= length for start, length in zip(column(rows, "target_start"), column(rows, "length"))):
         fault = f"data.cutoff={config.cutoff} takes the whole answer from all {name}"
         raise ValueError(f"{fault}: raise it, or set data.truncation=prompt")
 
@@ -612,7 +612,7 @@ def computed_tokens(
     return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
 # %% ../nbs/09_data.ipynb #1c76cfb9
-def logits_where_graded(
+def logits_at_targets(
     model,  # a causal language model, adapted or not
 ):  # a handle: `.remove()` undoes it
     "Have a model compute its logits only where the next token is a target; no change in releases that cannot."

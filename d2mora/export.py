@@ -55,7 +55,7 @@ def encoded_rows(
     task: str,  # one of the eight
     split: str,  # "train" or "test"
     count: int,  # how many, drawn with a fixed seed; all if there are fewer
-) -> list[dict]:  # rows with input_ids and graded_from
+) -> list[dict]:  # rows with input_ids and target_start
     "Encode some rows of a task as in training."
     rows = read_task(data_path(config), task, split)
     rows = rows.shuffle(seed=0).select(range(min(count, len(rows))))

@@ -179,7 +179,7 @@ def epoch_load(
     wide = [computed_tokens(lengths, [batch], config.sampling) for batch in batches]
     sequences = 1 if packed else min(batch_size, len(lengths))
     typical, largest = ((sequences, math.ceil(n / sequences)) for n in (sum(wide) / len(wide), max(wide)))
-    targets = max(n - start for n, start in zip(lengths, column(ready.train, "graded_from")))
+    targets = max(n - start for n, start in zip(lengths, column(ready.train, "target_start")))
     targets = min(targets * (batch_size if packed else 1), largest[1])
     return Load(len(lengths), sum(lengths), sum(wide), len(batches), typical, largest, targets)
 

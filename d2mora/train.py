@@ -45,7 +45,7 @@ from d2mora.data import (
     collator_for,
     counts_table,
     data_path,
-    logits_where_graded,
+    logits_at_targets,
     prepare,
     read_rows,
     sampling_arguments,
@@ -654,7 +654,7 @@ def make_trainer(
         ready = prepare(rows, recipe.data, tokenizer)
     if recipe.data.sampling == "packed":
         check_packing(model)
-    logits_where_graded(model)
+    logits_at_targets(model)
     folder.summary = f"{counts_table(ready.counts, recipe.data)}\n{global_batch(args)}"
     data = {"train_dataset": ready.train, "eval_dataset": ready.validation or None, "compute_metrics": mean_loss}
     with before_writing(folder.output):

@@ -321,7 +321,7 @@ def batches():
 def step():
     yield box(80, 95, 110, 54, "micro-batch", "plain", 14) + arrow((135, 95), (172, 95))
     yield box(275, 95, 200, 84, "", "frozen") + text(275, 72, "frozen model", 14) + matrix(235, 108, 40, 36, 16, "A", "A", 13) + matrix(280, 108, 40, 16, 36, "B", "B", 13) + box(334, 108, 56, 30, "routers", "router", 11)
-    yield arrow((375, 95), (412, 95)) + box(490, 95, 150, 54, "language-model loss\non graded tokens", "plain", 12) + arrow((565, 95), (602, 95))
+    yield arrow((375, 95), (412, 95)) + box(490, 95, 150, 54, "language-model loss\non target tokens", "plain", 12) + arrow((565, 95), (602, 95))
     yield box(690, 95, 170, 54, "backward: gradients\nof the adapters only", "plain", 12)
     yield arrow((690, 68), (690, 38), (80, 38), (80, 66), dash=True) + text(385, 22, "repeat for each micro-batch (gradient accumulation)", 12)
     yield arrow((690, 122), (690, 200), (650, 200)) + text(760, 165, "all added up", 12)

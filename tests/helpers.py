@@ -89,3 +89,22 @@ def tokens(rows=2, length=12, seed=3):
 
 def difference(a, b):
     return (a.float() - b.float()).abs().max().item()
+
+
+def demo_run(folder, tasks=None, scale=1.0, seed=0):
+    "A copy of the committed demo run, not graded: with a recipe for fewer tasks, scaled adapter weights, or another seed."
+    import shutil
+    from pathlib import Path
+
+    import yaml
+    from safetensors.torch import load_file, save_file
+
+    demo, ungraded = Path(__file__).parents[1] / "nbs/results/demo", shutil.ignore_patterns("evaluation*", "before*")
+    shutil.copytree(demo, folder, ignore=ungraded, copy_function=shutil.copyfile)
+    recipe, weights = folder / "recipe.yaml", folder / "adapter/adapter_model.safetensors"
+    words = yaml.safe_load(recipe.read_text())
+    words["data"]["tasks"] = tasks or words["data"]["tasks"]
+    words["training"]["seed"] = seed
+    recipe.write_text(yaml.safe_dump(words))
+    save_file({name: scale * tensor for name, tensor in load_file(weights).items()}, weights)
+    return folder

@@ -22,7 +22,7 @@ from d2mora.data import (
     counts_table,
     encode,
     epoch_batches,
-    logits_where_graded,
+    logits_at_targets,
     pack,
     prepare,
     read_rows,
@@ -94,13 +94,13 @@ def test_target_tokens_are_those_of_the_obvious_loop(shared, name, style):
     for i, row in enumerate(rows):
         prompt, answer = training_prompt(row, style)
         own = tokenizer(prompt + answer, return_offsets_mapping=True)
-        ids, start = coded["input_ids"][i], coded["graded_from"][i]
+        ids, start = coded["input_ids"][i], coded["target_start"][i]
         assert ids == own["input_ids"] + [tokenizer.eos_token_id] and coded["status"][i] == "whole"
         targets = [any(place >= len(prompt) for place in range(*span)) for span in own["offset_mapping"]]
         assert [*targets, True] == [i >= start for i in range(len(ids))]
         text = tokenizer.decode(ids[start:], skip_special_tokens=True)
         assert text.strip().endswith(answer.strip()) and (text.strip() == answer.strip() or style == "cloze")
-    items = [{key: coded[key][i] for key in ("input_ids", "graded_from")} for i in range(len(rows))]
+    items = [{key: coded[key][i] for key in ("input_ids", "target_start")} for i in range(len(rows))]
     collate = collator_for(tokenizer)
     batch = collate(items)
     real = batch["attention_mask"] == 1
@@ -117,7 +117,7 @@ def test_shortening_keeps_the_answer_and_the_prompts_end(shared):
     long = [row for row in long if len(row["instruction"]) > 1000][:20]
     coded = encode(columns(long), tokenizer, DataConfig(cutoff=256))
     assert set(coded["status"]) == {"shortened"} and max(coded["length"]) <= 256
-    for row, ids, start in zip(long, coded["input_ids"], coded["graded_from"]):
+    for row, ids, start in zip(long, coded["input_ids"], coded["target_start"]):
         assert tokenizer.decode(ids[start:], skip_special_tokens=True).strip() == row["output"]
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert text.strip().endswith("Answer format: ending1/ending2/ending3/ending4\n\n" + row["output"])
@@ -148,7 +148,7 @@ def test_status_and_tokens_at_every_cutoff(truncation, own):
         return {key: values[0] for key, values in coded.items()}
 
     whole = encoded(10_000)
-    n, answer = whole["length"], whole["input_ids"][whole["graded_from"] :]
+    n, answer = whole["length"], whole["input_ids"][whole["target_start"] :]
     assert whole["status"] == "whole" and whole["input_ids"].count(2) == 1 and whole["input_ids"][-1] == 2
     for cutoff in range(n - 12, n + 2):
         coded = encoded(cutoff)
@@ -156,8 +156,8 @@ def test_status_and_tokens_at_every_cutoff(truncation, own):
         assert coded["status"] == (cut if cutoff < n - (truncation == "published") else "whole")
         assert len(ids) <= cutoff or coded["status"] == "skipped"
         if coded["status"] in ("whole", "shortened") and cutoff >= n - (truncation != "published"):
-            assert ids[coded["graded_from"] :] == answer
-    assert encode(columns([row]), tokenizer, DataConfig(train_on_inputs=True))["graded_from"] == [0]
+            assert ids[coded["target_start"] :] == answer
+    assert encode(columns([row]), tokenizer, DataConfig(train_on_inputs=True))["target_start"] == [0]
 
 
 def test_the_published_cutoff_loses_most_answers_of_hellaswag(shared):
@@ -172,7 +172,7 @@ def test_the_published_cutoff_loses_most_answers_of_hellaswag(shared):
 def test_padding_changes_no_loss_with_learned_positions(side):
     sizes = dict(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
-    rows = [{"input_ids": list(range(3, 3 + n)), "graded_from": n - 4} for n in (6, 11, 20)]
+    rows = [{"input_ids": list(range(3, 3 + n)), "target_start": n - 4} for n in (6, 11, 20)]
 
     def loss(rows):
         batch = Collator(0, side)(rows)
@@ -357,7 +357,7 @@ NARROWS = hasattr(transformers.modeling_utils, "slice_logits_to_keep")  # before
 
 def some_rows(targets=4, **more):
     ids = torch.randint(3, 90, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1)).split(LENGTHS)
-    return [{"input_ids": i.tolist(), "graded_from": max(0, len(i) - targets), **more} for i in ids]
+    return [{"input_ids": i.tolist(), "target_start": max(0, len(i) - targets), **more} for i in ids]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -378,7 +378,7 @@ def test_packed_padded_and_narrow_batches_have_the_same_loss_and_gradient(name, 
     results = {}
     for kind in ("right", "left", "packed"):
         for narrow in (False, True):
-            handle = logits_where_graded(model(name)) if narrow else None
+            handle = logits_at_targets(model(name)) if narrow else None
             model(name).zero_grad()
             batch = Collator(0, "left" if kind == "left" else "right")(some_rows(targets, packed=kind == "packed"))
             out = model(name)(**batch, use_cache=False)
@@ -395,7 +395,7 @@ def test_packed_padded_and_narrow_batches_have_the_same_loss_and_gradient(name, 
 
 def test_narrow_logits_leave_other_calls_alone():
     llama, ids = model("llama-sdpa"), torch.tensor([[5, 6, 7]])
-    handle = logits_where_graded(llama)
+    handle = logits_at_targets(llama)
     own = dict(logits_to_keep=1, shift_labels=ids[:, -1:])
     assert llama(ids).logits.shape == (1, 3, 90) and llama(input_ids=ids, labels=ids, **own).logits.shape == (1, 1, 90)
     assert llama(input_ids=ids, labels=ids).logits.shape == ((2, 90) if NARROWS else (1, 3, 90))

@@ -153,7 +153,7 @@ def test_losses_of_a_batch_are_those_of_its_rows_alone(base):
     found = real_study.task_losses(model.eval(), tokenizer, config, rows)
     for row, got in zip(rows, found):
         coded = encode({k: [row[k]] for k in ("instruction", "input", "output")}, tokenizer, config)
-        ids, start = model.dummy_inputs["input_ids"].new_tensor(coded["input_ids"]), coded["graded_from"][0]
+        ids, start = model.dummy_inputs["input_ids"].new_tensor(coded["input_ids"]), coded["target_start"][0]
         answer = ids.clone()
         answer[:, :start] = -100
         assert got["row"] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)

@@ -8,9 +8,12 @@ from helpers import adapted_stories, tiny_llama
 
 from d2mora import scoring
 from d2mora.data import read_task
-from d2mora.scoring import PROTOCOLS, choice_pairs, grade_batch, grade_batches, grade_rows, grading_order, make_item
-from d2mora.scoring import option_scores, prompt_pairs, write, write_tokens
+from d2mora.scoring import PROTOCOLS, grade_batch, grade_batches, grade_rows, grading_order, make_item
+from d2mora.scoring import option_scores, write_tokens
 from d2mora.tasks import ANSWER_PREFIX, TASKS, evaluation_prompt, parse_answer, row_answers
+
+
+choice_pairs, prompt_pairs = PROTOCOLS["choice"].pairs, PROTOCOLS["generate"].pairs
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +42,22 @@ def published(model, tokenizer, prompt, beams):
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-SCORED = [("choice", task) for task in ("boolq", "winogrande", "ARC-Easy")] + [("content", task) for task in TASKS]
+def set_modes(model):
+    "Training mode with dropout 0.5, but for some modules; the modes."
+    model.train()
+    for module in [*model.modules()][5::7]:
+        module.training = False
+    return [module.training for module in model.modules()]
 
 
-@pytest.mark.parametrize("protocol, task", SCORED)
+@pytest.mark.parametrize(
+    "protocol, task", [("choice", "boolq"), ("choice", "ARC-Easy"), ("content", "winogrande"), ("content", "hellaswag")]
+)
 def test_scores_equal_one_forward_per_option(stories, protocol, task):
     model, tokenizer, _ = stories
-    rows = rows_of(stories, task, 5)
-    model.train()  # dropout 0.5
+    rows, modes = rows_of(stories, task, 5), set_modes(model)
     graded = grade_rows(model, tokenizer, task, rows, protocol, batch_size=4)
+    assert [module.training for module in model.modules()] == modes
     model.eval()
     for row, g in zip(rows, graded):
         for word, pair in zip(row_answers(row, task), PROTOCOLS[protocol].pairs(row, task, "plain"), strict=True):
@@ -56,89 +66,69 @@ def test_scores_equal_one_forward_per_option(stories, protocol, task):
 
 
 @pytest.mark.parametrize(
-    "protocol, style, task",
-    [("generate", "plain", "boolq"), ("generate", "official", "social_i_qa")]
-    + [("official", "official", task) for task in ("boolq", "openbookqa")],
+    "protocol, style, task", [("generate", "plain", "boolq"), ("official", "official", "openbookqa")]
 )
-def test_texts_equal_the_published_way(stories, protocol, style, task):
+def test_texts_equal_the_published_way(stories, protocol, style, task, monkeypatch):
     model, tokenizer, _ = stories
-    rows, beams = rows_of(stories, task, 5), PROTOCOLS[protocol].beams
-    model.train()
+    rows, beams, modes = rows_of(stories, task, 5), PROTOCOLS[protocol].beams, set_modes(model)
     batch, single = (grade_rows(model, tokenizer, task, rows, protocol, style, batch_size=size) for size in (5, 1))
+    assert batch == single and [module.training for module in model.modules()] == modes
     texts = [published(model.eval(), tokenizer, evaluation_prompt(row, style), beams) for row in rows]
-    assert [g["text"] for g in batch] == [g["text"] for g in single]
     assert [g["predicted"] for g in batch] == [parse_answer(text, task) for text in texts]
     for g, text in zip(batch, texts):
         assert text.startswith(g["text"]) and (g["text"] == text or protocol == "generate" and g["predicted"])
-
-
-def test_a_cache_that_does_not_reorder_its_beams_is_noticed(stories, monkeypatch):
-    model, tokenizer, _ = stories
-    rows = rows_of(stories, "openbookqa", 6)
-    right = grade_rows(model, tokenizer, "openbookqa", rows, "official", "official")
-    monkeypatch.setattr(scoring.BeamLayer, "reorder_cache", lambda self, beam_idx: None)
-    assert grade_rows(model, tokenizer, "openbookqa", rows, "official", "official") != right
+    if protocol == "official":  # a cache that does not reorder its beams is noticed
+        monkeypatch.setattr(scoring.BeamLayer, "reorder_cache", lambda self, beam_idx: None)
+        assert grade_rows(model, tokenizer, task, rows, protocol, style) != batch
 
 
 @pytest.fixture
 def reads(monkeypatch):
     "The shapes of what is read, forward pass by forward pass."
-    seen, forward = [], scoring.forward
+    seen, forward = [], scoring._forward
 
     def watched(model, ids, *args, **kwargs):
         seen.append(tuple(ids.shape))
         return forward(model, ids, *args, **kwargs)
 
-    monkeypatch.setattr(scoring, "forward", watched)
+    monkeypatch.setattr(scoring, "_forward", watched)
     return seen
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["choice", "official"])
 def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch, reads, protocol):
     model, tokenizer, _ = stories
-    rows = rows_of(stories, "social_i_qa", 8)
-    shared = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=3)
+    rows = rows_of(stories, "social_i_qa", 6)
+    shared = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=2)
     prefixes = [length for n, length in reads if n == 1]
-    assert protocol == "content" or len(prefixes) == 1 and prefixes[0] > 100  # the template, once for all batches
+    assert len(prefixes) == 1 and prefixes[0] > 100  # the template, once for all batches
     monkeypatch.setattr(scoring, "SHORTEST_PREFIX", 10**9)
-    apart = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=3)
+    apart = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=2)
     for a, b in zip(shared, apart):
         assert a.get("text") == b.get("text") and a["predicted"] == b["predicted"]
         assert a.get("scores", {}) == pytest.approx(b.get("scores", {}), abs=2e-4)
 
 
-def prefix_of(stories, task):
-    items = scoring.make_items(*stories[:2], task, rows_of(stories, task, 4), "choice", "official")
-    return scoring.Prefix(items[0].head[: scoring.common_length([item.head for item in items])])
-
-
 def test_a_kept_prefix_is_cut_where_rows_differ_and_never_replaced(stories, reads):
-    "Rows of another task begin alike for a while, or not at all, or share more among themselves."
+    "Rows of another task begin alike for a while, or not at all."
     model, tokenizer, _ = stories
-    prefix = prefix_of(stories, "boolq")
-    ids = list(prefix.ids)
-    pairs = (("boolq", "official"), ("piqa", "official"), ("piqa", "plain"), ("hellaswag", "official"))
-    for task, style in (*pairs, pairs[0]):
+    items = [make_item(tokenizer, choice_pairs(row, "boolq", "official"), 512) for row in rows_of(stories, "boolq", 4)]
+    ids = next(a[:n] for a, b in [(items[0].head, items[1].head)] for n in range(len(a)) if a[: n + 1] != b[: n + 1])
+    prefix = scoring.Prefix(list(ids))
+    for task, style in (("boolq", "official"), ("piqa", "official"), ("piqa", "plain"), ("boolq", "official")):
         rows = rows_of(stories, task, 4)
         own, fresh = (grade_batch(model, tokenizer, task, rows, "choice", style, kept) for kept in (prefix, None))
         for a, b in zip(own, fresh):
             assert a["predicted"] == b["predicted"] and a["scores"] == pytest.approx(b["scores"], abs=2e-4)
     assert prefix.ids == ids and len(ids) > 100 and prefix.past.get_seq_length() == len(ids)
-    assert 5 < sum(n == 1 for n, _ in reads) < 10  # five times without anything kept, and less often with it
+    assert sum(n == 1 for n, _ in reads) == 1
+    with torch.no_grad():  # keys and values of other tokens are noticed
+        prefix.past = model(torch.tensor([ids[:20] + [i + 1 for i in ids[20:]]]), use_cache=True).past_key_values
+    wrong = grade_batch(model, tokenizer, "boolq", rows, "choice", "official", prefix)
+    assert max(abs(a["scores"][w] - b["scores"][w]) for a, b in zip(own, wrong) for w in a["scores"]) > 1e-2
 
 
-def test_a_prefix_of_other_tokens_is_noticed(stories):
-    model, tokenizer, _ = stories
-    rows, prefix = rows_of(stories, "piqa", 4), prefix_of(stories, "piqa")
-    right = grade_batch(model, tokenizer, "piqa", rows, "choice", "official")
-    other = prefix.ids[:20] + [i + 1 for i in prefix.ids[20:-1]] + prefix.ids[-1:]
-    with torch.no_grad():
-        prefix.past = model(torch.tensor([other]), use_cache=True).past_key_values
-    wrong = grade_batch(model, tokenizer, "piqa", rows, "choice", "official", prefix)
-    assert max(abs(a["scores"][w] - b["scores"][w]) for a, b in zip(right, wrong) for w in a["scores"]) > 1e-2
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["choice", "official"])
 def test_a_batch_is_graded_alike_to_the_last_bit_whatever_came_before(stories, protocol):
     "A run that was killed goes on with any batch, and has not read the prefix yet."
     model, tokenizer, _ = stories
@@ -165,14 +155,12 @@ def small(kind):
     gpt2 = dict(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=512)
     opt = dict(ffn_dim=64, max_position_embeddings=512, word_embed_proj_dim=32)
     bloom = dict(vocab_size=512, hidden_size=32, n_layer=2, n_head=4)
-    wide, grouped = dict(intermediate_size=64), dict(intermediate_size=64, num_key_value_heads=2)
+    grouped = dict(intermediate_size=64, num_key_value_heads=2)
     makes = {
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**gpt2)),
         "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**sizes, **opt)),
         "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(**bloom)),
-        "neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**sizes, **wide)),
         "sliding": lambda: t.MistralForCausalLM(t.MistralConfig(**sizes, **grouped, sliding_window=24)),
-        "qwen": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**sizes, **grouped)),
     }
     torch.manual_seed(1)
     model = makes[kind]()
@@ -181,10 +169,10 @@ def small(kind):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "neox", "sliding", "qwen"])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "sliding"])
 def test_any_causal_model(stories, kind):
     model, tokenizer, _ = small(kind), *stories[1:]
-    rows = rows_of(stories, "boolq", 5) + rows_of(stories, "boolq", 3, start=40)
+    rows = rows_of(stories, "boolq", 3) + rows_of(stories, "boolq", 2, start=40)
     texts = [choice_pairs(row, "boolq", "plain") for row in rows]
     for pairs, own in zip(texts, option_scores(model, [make_item(tokenizer, pairs, None) for pairs in texts])):
         assert own.tolist() == pytest.approx([alone(model, tokenizer, *pair) for pair in pairs], abs=2e-3)
@@ -224,25 +212,7 @@ def test_long_prompts_are_cut_at_their_beginning_and_counted(stories):
     assert len(grade_rows(model, tokenizer, "hellaswag", rows[:4], "generate")) == 4  # room to write is left
 
 
-def test_stopping_at_the_first_match_changes_no_prediction(stories):
-    model, tokenizer = stories[0].base_model.model, stories[1]
-    prompts = [f"{word} and " for word in ("Once upon a time", "It was true", "The cat said", "one two")]
-    whole, stopped = (write(model, tokenizer, prompts, task) for task in (None, "boolq"))
-    assert [parse_answer(text, "boolq") for text in stopped] == [parse_answer(text, "boolq") for text in whole]
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_modules_keep_their_own_mode(stories, protocol):
-    model, tokenizer, _ = stories
-    model.train()
-    for module in [*model.modules()][5::7]:
-        module.training = False
-    before = [module.training for module in model.modules()]
-    grade_rows(model, tokenizer, "boolq", rows_of(stories, "boolq", 2), protocol, "official")
-    assert [module.training for module in model.modules()] == before
-
-
-ROWS = 24
+ROWS = 8
 
 
 @pytest.fixture(scope="module")
@@ -264,17 +234,19 @@ def lm_eval_results(stories):
 
 
 @pytest.mark.parametrize("protocol", ["choice", "content"])
-@pytest.mark.parametrize("task", TASKS)
-def test_lm_eval_gives_the_same_accuracy(stories, lm_eval_results, task, protocol):
+def test_lm_eval_gives_the_same_accuracy(stories, lm_eval_results, protocol):
     model, tokenizer, _ = stories
-    graded = grade_rows(model, tokenizer, task, rows_of(stories, task, ROWS), protocol)
-    samples = lm_eval_results[0][protocol, task]
-    fits = [(s, g) for s, g in zip(samples, graded, strict=True) if not g["shortened"]]
-    assert len(samples) == ROWS and len(fits) >= ROWS // 4
-    for s, g in fits:
-        assert s["acc"] == g["right"]
-        assert [float(r[0]) for r in s["filtered_resps"]] == pytest.approx([*g["scores"].values()], abs=2e-3)
-        assert s.get("acc_norm") in (None, g["predicted_by_length"] == g["answer"])
-    if len(fits) == ROWS:
-        accuracy = sum(g["right"] for g in graded) / ROWS
-        assert lm_eval_results[1][protocol, task]["acc,none"] == pytest.approx(accuracy)
+    compared = 0
+    for task in TASKS:
+        graded = grade_rows(model, tokenizer, task, rows_of(stories, task, ROWS), protocol)
+        samples = lm_eval_results[0][protocol, task]
+        fits = [(s, g) for s, g in zip(samples, graded, strict=True) if not g["shortened"]]
+        compared += len(fits)
+        for s, g in fits:
+            assert s["acc"] == g["right"], task
+            assert [float(r[0]) for r in s["filtered_resps"]] == pytest.approx([*g["scores"].values()], abs=2e-3)
+            assert s.get("acc_norm") in (None, g["predicted_by_length"] == g["answer"])
+        if len(fits) == ROWS:
+            accuracy = sum(g["right"] for g in graded) / ROWS
+            assert lm_eval_results[1][protocol, task]["acc,none"] == pytest.approx(accuracy)
+    assert compared > 4 * ROWS
