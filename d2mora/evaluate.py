@@ -10,7 +10,7 @@ __all__ = ['COLUMNS', 'NOTE', 'wilson_interval', 'average_interval', 'mean_chanc
            'tasks_to_grade', 'own_tasks', 'test_rows', 'check_request', 'fingerprint', 'settings_of', 'settings_hash',
            'under_way', 'join', 'evaluate', 'ask', 'equal_lengths', 'text_routing', 'by_token', 'routing_table']
 
-# %% ../nbs/11_evaluation.ipynb #c8775810
+# %% ../nbs/11_evaluation.ipynb #bedb495e
 import itertools
 import json
 import math
@@ -38,7 +38,7 @@ from .data import DataConfig, data_path, find_file, read_task, shorten_prompt, t
 from .recipe import embeddings, load_base, load_recipe, load_tokenizer, max_positions
 from .scoring import NEW_TOKENS, PROTOCOLS, forward, generation_settings, grade_batches, grading_order
 from .scoring import out_of_memory, row_hash, write
-from .tasks import PROMPT_STYLES, TASKS, evaluating, evaluation_prompt, row_answers
+from .tasks import PROMPT_STYLES, TASKS, evaluating, evaluation_prompt, find_task, row_answers, task_table
 from .toy import TOY_WORLDS
 from .train import validation_losses, write_card
 from .tuner import mixture, watch_layers
@@ -63,10 +63,10 @@ def average_interval(
     low, high = (math.hypot(*(t["accuracy"] - t["interval"][k] for t in tasks)) / len(tasks) for k in (0, 1))
     return max(0.0, centre - low), min(1.0, centre + high)
 
-# %% ../nbs/11_evaluation.ipynb #c788ece8
+# %% ../nbs/11_evaluation.ipynb #b82c2cb7
 def mean_chance(rows: list[dict], task: str) -> float:
     "Accuracy of a blind guess: the mean of 1 / options over rows."
-    return mean(1 / len(row_answers(row, task)) for row in rows)
+    return find_task(task).chance or mean(1 / len(row_answers(row, task)) for row in rows)
 
 
 def majority(rows: list[dict]) -> float:
@@ -104,7 +104,7 @@ def holm(
         out[i] = worst = max(worst, min(1.0, (len(p) - place) * p[i]))
     return out
 
-# %% ../nbs/11_evaluation.ipynb #50ab57e0
+# %% ../nbs/11_evaluation.ipynb #84a0e160
 def read_graded(
     folder: str | Path,  # a run's or an adapter's folder that was graded
     protocol: str = "choice",
@@ -150,6 +150,8 @@ def write_disagreements(
     "Write into each folder after the first the rows that it answers otherwise than the first, with their instructions."
     first, written = Path(folders[0]), []
     for folder in map(Path, folders[1:]):
+        if (folder / "recipe.yaml").is_file():
+            load_recipe(folder / "recipe.yaml")  # enters its own tasks into the table
         info = read_json(folder / f"evaluation-{protocol}.json", "data", "tasks")
         texts = {row_hash(r, t): r["instruction"] for t in info["tasks"] for r in read_task(info["data"], t, "test")}
         lines = []
@@ -195,7 +197,7 @@ def paired_table(a: list[dict], b: list[dict], names: tuple[str, str] = ("A", "B
         rows.append([task, *figures, p, finding])
     return text_table(["task", "n", *names, f"only {names[0]}", f"only {names[1]}", "p", ""], rows)
 
-# %% ../nbs/11_evaluation.ipynb #f1826775
+# %% ../nbs/11_evaluation.ipynb #98fdaa44
 def _groups(folders: Iterable[str | Path]) -> list[list[str]]:
     "Folders of runs; those whose recipes differ in nothing but the seed stand together."
     found: dict[str, list[str]] = {}
@@ -218,7 +220,8 @@ def seeds_table(
     named: dict[str, list[dict]],  # results of `evaluate` by the name of their group
 ) -> str:  # tasks by groups
     "Groups of runs side by side: mean ± standard deviation over the runs of each."
-    tasks = [t for t in TASKS if all(t in r["tasks"] for own in named.values() for r in own)]
+    first = next(iter(named.values()))[0]["tasks"]
+    tasks = [t for t in first if all(t in r["tasks"] for own in named.values() for r in own)]
     found = {name: [[r["tasks"][t]["accuracy"] for t in tasks] for r in own] for name, own in named.items()}
     rows = [[t, *(mean_std([run[i] for run in own]) for own in found.values())] for i, t in enumerate(tasks)]
     rows.append(["average", *(mean_std([mean(run) for run in own]) for own in found.values())])
@@ -443,7 +446,7 @@ def on_device(model):
     placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
     return model if placed or not torch.cuda.is_available() else model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
-# %% ../nbs/11_evaluation.ipynb #13423a1a
+# %% ../nbs/11_evaluation.ipynb #496379ac
 def tasks_to_grade(
     path: str,  # folder of tasks, or a toy world
     wanted: Iterable[str] | None,  # tasks asked for; None: all that have test rows
@@ -451,12 +454,11 @@ def tasks_to_grade(
     "The tasks to grade; a ValueError for a name that is no task."
     if wanted:
         for task in wanted:
-            if task not in TASKS:
-                raise ValueError(f"unknown task '{task}'{nearest(task, TASKS)}")
+            find_task(task)
         return list(dict.fromkeys(wanted))
     if str(path) in TOY_WORLDS:
         return list(TASKS)
-    there = [task for task in TASKS if task_file(Path(path), task, "test")]
+    there = [task for task in task_table() if task_file(Path(path), task, "test")]
     if not there:
         find_file(Path(path), "boolq", "test")  # raises an error that says what is missing
     return there
@@ -664,7 +666,7 @@ def _write_results(folder: Path, protocol: str, result: dict, lines: list[dict])
     for part in under_way(folder, protocol):
         part.unlink()  # last: while one exists, something else may be missing
 
-# %% ../nbs/11_evaluation.ipynb #ae7f00f6
+# %% ../nbs/11_evaluation.ipynb #bc67664b
 def evaluate(
     target: str | Path | None = None,  # a run folder, an adapter's folder or a model's; None: the bare base
     base: str | None = None,  # a base in place of the run's, or the bare one
@@ -683,7 +685,7 @@ def evaluate(
     check_request(protocol, limit, batch_size, prompt)
     share = rank, processes = join()
     model, tokenizer, config = load_target(target, base)
-    path = data_path(DataConfig(path=data or (config and config.path)))
+    path = data_path(DataConfig(path=data) if data or not config else config)
     rows = test_rows(path, tasks or own_tasks(path, config and config.tasks, rank == 0), limit)
     settings = settings_of(model, tokenizer, protocol, _prompt_style(protocol, prompt, config and config.prompt))
     place = output or target

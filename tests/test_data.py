@@ -300,8 +300,8 @@ def test_validation_rows_are_never_trained_on_and_always_the_same():
 
 
 def test_tokens_are_stored_by_content_and_settings(tmp_path, monkeypatch):
-    calls, real = [], d2mora.data.encode_row
-    monkeypatch.setattr(d2mora.data, "encode_row", lambda *args: calls.append(1) or real(*args))
+    calls, real = [], d2mora.data._encode_row
+    monkeypatch.setattr(d2mora.data, "_encode_row", lambda *args: calls.append(1) or real(*args))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = toy_rows("toy", "boolq", "train")[:30]
 
