@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED', 'home', 'DataConfig', 'data_path', 'row_problem', 'read_
            'collator_for', 'encode_rows', 'Prepared', 'prepare', 'counts_table', 'pack', 'check_packing', 'ByLength',
            'sampling_arguments', 'epoch_batches', 'computed_tokens', 'logits_where_graded']
 
-# %% ../nbs/09_data.ipynb #c1198ce5
+# %% ../nbs/09_data.ipynb #ea618370
 import csv
 import gzip
 import inspect
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .tasks import ANSWER_PREFIX, OWN_TASKS_PAGE, TASKS, Task, evaluating, find_task, parse_answer
+from .tasks import ANSWER_PREFIX, OWN_TASKS_PAGE, TASKS, evaluating, find_task, parse_answer
 from .tasks import register_tasks, row_answers, task_table, training_prompt
 from .toy import TOY_WORLDS, toy_rows
 from .utils import first_line, nearest, read_yaml
@@ -95,20 +95,21 @@ def data_path(config: DataConfig) -> str:
     mend = "give data.path (--data of evaluate and export) a folder with <task>/train.json, or toy, or set D2MORA_DATA"
     raise ValueError(f"no data are named: {mend}")
 
-# %% ../nbs/09_data.ipynb #696f36dc
+# %% ../nbs/09_data.ipynb #14859c03
 _FIELDS = ("instruction", "input", "output", "answer")
 
 
 def row_problem(
-    row: dict,  # instruction, output and answer: texts, or None where the field is missing
+    row: dict,  # with the columns instruction, input, output, answer
     task: str,  # its name
 ) -> str:  # "" for a good row, else what is wrong with which field
     "The reason why a row cannot be trained on and graded."
-    for name in ("instruction", "output", "answer"):
-        if row.get(name) is None:
+    for name in _FIELDS:
+        value, needed = row.get(name), name != "input"
+        if value is None and needed:
             return f"field '{name}' is missing"
-        if not row[name].strip():
-            return f"field '{name}' is not a text: {row[name]!r}"
+        if value is not None and (not isinstance(value, str) or needed and not value.strip()):
+            return f"field '{name}' is not a text: {value!r}"
     offered = row_answers(row, task)
     if row["answer"] not in offered:
         return f"field 'answer' is '{row['answer']}', not one of {'/'.join(offered)}"
@@ -116,7 +117,7 @@ def row_problem(
         return f"field 'output' does not contain the answer '{row['answer']}' first: {row['output'][:60]!r}"
     return ""
 
-# %% ../nbs/09_data.ipynb #7103ed69
+# %% ../nbs/09_data.ipynb #a74905be
 def _parsed(path):
     "The rows of a file: JSON, JSON Lines or CSV, gzipped or not, or Parquet."
     if path.suffix == ".parquet":
@@ -131,65 +132,48 @@ def _parsed(path):
         return [json.loads(line) for line in file if line.strip()] if ".jsonl" in path.suffixes else json.load(file)
 
 
-def _mapped(rows, own: Task):
-    "Rows of an own task in our fields; the output follows from the answer where the file has none."
-    source, there = {name: own.fields.get(name, name) for name in _FIELDS}, {key for row in rows for key in row}
-    for name in ("instruction", "answer"):
-        if source[name] not in there:
-            columns = ", ".join(sorted(map(str, there)))
-            return f"no column '{source[name]}' for the {name} (there are: {columns}): name it in `fields`"
-    mapped = []
-    for row in rows:
-        row = {name: row.get(column) for name, column in source.items()}
-        if row["answer"] is not None:
+def _in_our_fields(rows, task):
+    "Rows with the four fields; those of an own task are renamed, and an output is made where the file has none."
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("is not an array with rows")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {i} is not an object with fields")
+    own = None if task in (None, *TASKS) else find_task(task)
+    source, there = {name: name for name in _FIELDS} | (own.fields if own else {}), {key for row in rows for key in row}
+    if own and not there.issuperset({source["instruction"], source["answer"]}):
+        columns, there_are = " and ".join((source["instruction"], source["answer"])), ", ".join(sorted(map(str, there)))
+        raise ValueError(f"no columns {columns} (there are: {there_are}): name them in `fields`, see {OWN_TASKS_PAGE}")
+    rows = [{name: row.get(column) for name, column in source.items()} for row in rows]
+    if own:
+        for row in rows:
             value = str(row["answer"]).strip()
             row["answer"] = own.labels.get(value, value)
             row["output"] = row["output"] or f"{ANSWER_PREFIX} {row['answer']}"
-        mapped.append(row)
-    return mapped
-
-
-def _checked_form(rows, task):
-    "Rows whose fields are texts or None; what is wrong, as a text, if they are not."
-    if not isinstance(rows, list) or not rows:
-        return "is not an array with rows"
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            return f"row {i} is not an object with fields"
-    if task and task not in TASKS:
-        rows = _mapped(rows, find_task(task))
-    for i, row in enumerate(rows if isinstance(rows, list) else []):
-        for name in _FIELDS:
-            if not isinstance(row.get(name), str | None):
-                return f"row {i}: field '{name}' is not a text: {row[name]!r}"
     return rows
 
 
 def read_file(
     path: Path,  # of a split
     task: str | None = None,  # whose rows these are; None: of several tasks
-) -> "datasets.Dataset":  # columns instruction, input, output, answer: texts or None
-    "Read one file into memory; a ValueError says which file cannot be read, and why."
-    import datasets
-
+) -> list[dict]:  # instruction, input, output, answer, as the file has them; None where it does not
+    "Read one file; a ValueError says which file cannot be read, and why."
     try:
-        rows = _checked_form(_parsed(path), task)
-    except json.JSONDecodeError as error:
-        rows = f"not JSON: {error}"
+        return _in_our_fields(_parsed(path), task)
     except RecursionError:
-        rows = "is nested too deeply to be an array of rows"
-    except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error, ValueError) as error:
-        rows = f"cannot be read: {error}" + ": save it as UTF-8" * isinstance(error, UnicodeDecodeError)
+        fault = "is nested too deeply to be an array of rows"
+    except json.JSONDecodeError as error:
+        fault = f"not JSON: {error}"
+    except UnicodeDecodeError as error:
+        fault = f"cannot be read: {error}: save it as UTF-8"
+    except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error) as error:
+        fault = f"cannot be read: {error}"
     except OSError as error:
         mend = "make it readable, or leave its task out of data.tasks"
         raise ValueError(f"{path} cannot be read: {error.strerror or error}: {mend}") from error
-    if isinstance(rows, str):
-        see = "" if task in (None, *TASKS) else f"; see {OWN_TASKS_PAGE}"
-        raise ValueError(
-            f"{path}: {first_line(ValueError(rows))}; mend the file or leave its task out of data.tasks{see}"
-        )
-    texts = datasets.Features(dict.fromkeys(_FIELDS, datasets.Value("string")))
-    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in _FIELDS}, features=texts)
+    except ValueError as error:  # ours, or Parquet's
+        fault = str(error)
+    raise ValueError(f"{path}: {fault[:250]}; mend the file or leave its task out of data.tasks")
 
 
 def column(rows: "datasets.Dataset", name: str) -> list:
@@ -225,25 +209,28 @@ def find_file(
     mend = f"put it there or leave {task} out (with {split} files here: {there})"
     raise ValueError(f"{path / task}: no {kinds}; {mend}" + f"; see {OWN_TASKS_PAGE}" * (task not in TASKS))
 
-# %% ../nbs/09_data.ipynb #79697376
+# %% ../nbs/09_data.ipynb #c40662c5
 _INSEPARABLE = ("ARC-Easy", "ARC-Challenge", "openbookqa")  # have one form in a mixed file
 _MIXED = f"in one file the rows of {', '.join(_INSEPARABLE)}"
 
 
 def _task_of(instruction):
     "Recognise a row's task by the answers that it offers; openbookqa stands for all of `_INSEPARABLE`."
-    offered = (instruction or "").rsplit("Answer format:", 1)[-1].strip().split("/")
+    offered = str(instruction).rsplit("Answer format:", 1)[-1].strip().split("/")
     tasks = {"true": "boolq", "solution1": "piqa", "ending1": "hellaswag", "option1": "winogrande"}
     tasks["answer1"] = "social_i_qa" if len(offered) == 3 else "openbookqa"
     return tasks.get(offered[0])
 
 
-def _check_rows(rows, where):
-    "Raise a ValueError for the first row that cannot be trained on and graded."
-    for row in rows.to_list():
+def _dataset(rows, where):
+    "Rows with `task` and `row` as a dataset; a ValueError for the first that cannot be trained on and graded."
+    import datasets
+
+    for row in rows:
         if problem := row_problem(row, row["task"]):
             raise ValueError(f"{where}: row {row['row']}: {problem}")
-    return rows
+    types = dict.fromkeys((*_FIELDS, "task"), datasets.Value("string")) | {"row": datasets.Value("int64")}
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in types}, datasets.Features(types))
 
 
 def _mixed_rows(path, tasks):
@@ -251,36 +238,32 @@ def _mixed_rows(path, tasks):
     if 0 < len(wanted := {*_INSEPARABLE} & {*tasks}) < len(_INSEPARABLE):
         mend = "name all three in data.tasks or none, or use a folder with one folder a task"
         raise ValueError(f"{path}: {_MIXED} cannot be told apart: {mend}")
-    rows = read_file(path)
-    own = list(map(_task_of, column(rows, "instruction")))
+    rows = [row | {"task": _task_of(row["instruction"]), "row": i} for i, row in enumerate(read_file(path))]
+    own = [row["task"] for row in rows]
     if None in own:
         raise ValueError(f"{path}: row {own.index(None)}: field 'instruction' belongs to none of the eight tasks")
     if lacking := ", ".join(t for t in tasks if t not in own and t not in wanted):
-        there = ", ".join(dict.fromkeys(map(str, own)))
+        there = ", ".join(dict.fromkeys(own))
         raise ValueError(f"{path}: no rows of {lacking}: leave them out of data.tasks (there are: {there})")
-    rows = rows.add_column("task", own).add_column("row", list(range(len(rows))))
-    return _check_rows(rows.select([i for i, task in enumerate(own) if task in tasks]), path)
+    return _dataset([row for row in rows if row["task"] in tasks], path)
 
-# %% ../nbs/09_data.ipynb #30562ccb
+# %% ../nbs/09_data.ipynb #89b38e8c
 def read_task(
     path: str,  # folder of tasks, or a toy world
     task: str,  # its name
     split: str,  # "train" or "test"
 ) -> "datasets.Dataset":  # instruction, input, output, answer, task, row (its number in the file)
     "All rows of one task; a ValueError names file, row and field of the first that is bad."
-    import datasets
-
     if task not in task_table():
         register_tasks(_tasks_file(None, path))
     find_task(task)
+    where: str | Path = f"{path}/{task}/{split}"
     if str(path) in TOY_WORLDS:
-        rows = datasets.Dataset.from_list(toy_rows(path, task, split))
-        where: str | Path = f"{path}/{task}/{split}"
+        rows = toy_rows(path, task, split)
     else:
         where = file = find_file(Path(path), task, split)
         rows = read_file(file, task)
-    rows = rows.add_column("task", [task] * len(rows)).add_column("row", list(range(len(rows))))
-    return _check_rows(rows, where)
+    return _dataset([row | {"task": task, "row": i} for i, row in enumerate(rows)], where)
 
 
 def read_rows(
@@ -295,7 +278,7 @@ def read_rows(
         return _mixed_rows(Path(path), tasks)
     return datasets.concatenate_datasets([read_task(path, task, split) for task in tasks])
 
-# %% ../nbs/09_data.ipynb #1328ac61
+# %% ../nbs/09_data.ipynb #45676d2f
 PUBLISHED = {  # training rows of Commonsense-170K
     "boolq": 9427, "piqa": 16113, "social_i_qa": 33410, "hellaswag": 39905,
     "winogrande": 63238, "ARC-Easy": 2251, "ARC-Challenge": 1119, "openbookqa": 4957,
@@ -304,15 +287,17 @@ PUBLISHED = {  # training rows of Commonsense-170K
 
 def _plain(text):
     "A question without its spacing and capitals."
-    return " ".join((text or "").split()).casefold()
+    return " ".join(str(text).split()).casefold()
 
 
 def _tested(path, task):
     "The plain questions of a task's test set; none where there is no test file."
     if str(path) in TOY_WORLDS:
-        return {_plain(row["instruction"]) for row in toy_rows(path, task, "test")}
-    file = task_file(Path(path), task, "test") if path else None
-    return set(map(_plain, column(read_file(file, task), "instruction"))) - {""} if file else set()
+        rows = toy_rows(path, task, "test")
+    else:
+        file = task_file(Path(path), task, "test") if path else None
+        rows = read_file(file, task) if file else []
+    return {_plain(row["instruction"]) for row in rows}
 
 
 def survey(

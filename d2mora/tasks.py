@@ -49,7 +49,7 @@ _ALL = {  # name -> answer words, and those that the published expression search
 }
 TASKS = {name: Task(name, words[0], "|".join(words[-1])) for name, words in _ALL.items()}
 
-# %% ../nbs/08_tasks.ipynb #2ad3e396
+# %% ../nbs/08_tasks.ipynb #68d537ea
 OWN_TASKS_PAGE = "https://d2mora.github.io/d2mora/09_data.html#your-own-tasks"
 _OWN: dict[str, Task] = {}
 
@@ -75,7 +75,7 @@ def _own_task(name, said):
         raise ValueError("name two or more answers, or give options: 4 for answer1 to answer4")
     longest_first = sorted(map(re.escape, answers), key=len, reverse=True)
     pattern = own.pattern.pattern if own.pattern else rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)"
-    return Task(name, answers, pattern, own.chance, dict(own.fields), labels)
+    return Task(name, answers, pattern, own.chance, {str(k): v for k, v in own.fields.items()}, labels)
 
 
 def register_tasks(

@@ -163,7 +163,11 @@ def test_a_parquet_file_is_read(tmp_path):
 
 def test_own_expressions():
     register_tasks({"verdict": {"answers": ["no", "not sure", "C++"]}, "last": {"options": 3, "pattern": r"is (\w+)$"}})
-    assert [parse_answer(text, "verdict") for text in ("nothing", "not sure", "it is C++.")] == [None, "not sure", "C++"]
+    assert [parse_answer(text, "verdict") for text in ("nothing", "not sure", "it is C++.")] == [
+        None,
+        "not sure",
+        "C++",
+    ]
     assert parse_answer("answer1? it is answer2", "last") == "answer2"
     assert find_task("last").answers == ("answer1", "answer2", "answer3")
 
@@ -180,7 +184,10 @@ def test_own_expressions():
         ("../mood: {answers: [a, b]}", "letters"),
         ("- mood", "no tasks by name"),
         ("mood: !!python/object:os.system {}", "not YAML"),
-        ("mood: {answers: ['true', 'false'], fields: {answer: label}}", "no column 'label'.*answer, instruction"),
+        (
+            "mood: {answers: ['true', 'false'], fields: {answer: label}}",
+            "no columns instruction and label .there are: answer, instruction",
+        ),
         ("other: {answers: [a, b]}", "other: no train.json, .*parquet"),
     ],
 )
