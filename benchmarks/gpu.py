@@ -371,12 +371,12 @@ def written(job, models, rows):
 
 def test_rows(job, task):
     "Rows from the middle of a test set that is sorted by length, read without `datasets`."
-    from d2mora.data import json_rows, task_file
+    from d2mora.data import read_file, task_file
 
     path = task_file(job.shared / "data", task, "test")
     if not path:
         raise FileNotFoundError(f"there is no {job.shared}/data/{task}/test.json: name a folder that holds data/ by --shared")
-    rows = sorted(json_rows(path), key=lambda row: len(row["instruction"]))
+    rows = sorted(read_file(path), key=lambda row: len(row["instruction"]))
     middle = max(0, len(rows) - job.rows) // 2
     return rows[middle : middle + job.rows]
 

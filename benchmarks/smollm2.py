@@ -37,7 +37,7 @@ import torch
 import transformers
 
 from d2mora.compare import METHODS, adapters_at, next_rates, varied
-from d2mora.data import find_file, json_rows, task_file
+from d2mora.data import find_file, read_file, task_file
 from d2mora.evaluate import evaluate, paired, read_graded
 from d2mora.recipe import Recipe, load_recipe
 from d2mora.tasks import TASKS
@@ -466,7 +466,7 @@ def main(argv=None) -> None:
             1 if not torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 8),
         )
         args.rows = sum(
-            len(json_rows(find_file(args.data, task, "train")))
+            len(read_file(find_file(args.data, task, "train")))
             for task in load_recipe(FORMATS["cloze"], {"data.path": "toy"}).data.tasks
         )
         read_results(args.results, args.marks)

@@ -86,7 +86,7 @@ def app():
     """
     hush()
 
-# %% ../nbs/f_command.ipynb #50d9447a
+# %% ../nbs/f_command.ipynb #ada607aa
 @app.command(short_help="Train an adapter as a recipe says.")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[base=NAME] [section.key=value ...]")
@@ -100,7 +100,7 @@ def train(recipe, overrides, output, resume, dry_run, tokenizer, gpus):
 
     \b
     Keys: base, adapter.* (a PEFT config), data.* (path, tasks, prompt, train_on_inputs,
-    cutoff, truncation, validation_rows, sampling), training.* (TrainingArguments).
+    cutoff, truncation, validation_rows, sampling, tasks_file), training.* (TrainingArguments).
     Example:
       d2mora train commonsense-mini base=gpt2 data.path=data training.max_steps=50 \\
         adapter.target_modules=[c_attn] --output runs/gpt2

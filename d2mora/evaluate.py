@@ -36,7 +36,7 @@ from .data import DataConfig, data_path, find_file, read_task, shorten_prompt, t
 from .recipe import embeddings, load_base, load_recipe, load_tokenizer, max_positions
 from .scoring import NEW_TOKENS, PROTOCOLS, generation_settings, grade_batches, grading_order
 from .scoring import out_of_memory, row_hash, write
-from .tasks import PROMPT_STYLES, TASKS, checked_name, evaluating, evaluation_prompt, row_answers
+from .tasks import PROMPT_STYLES, TASKS, evaluating, evaluation_prompt, find_task, row_answers, task_table
 from .toy import TOY_WORLDS
 from .train import validation_losses, write_card
 from .tuner import mixture, watch_layers
@@ -128,6 +128,8 @@ def write_disagreements(
     "Write into each folder after the first the rows that it answers otherwise than the first, with their instructions."
     first, written = Path(folders[0]), []
     for folder in map(Path, folders[1:]):
+        if (folder / "recipe.yaml").is_file():
+            load_recipe(folder / "recipe.yaml")  # enters its own tasks into the table
         info = read_json(folder / f"evaluation-{protocol}.json", "data", "tasks")
         texts = {row_hash(r, t): r["instruction"] for t in info["tasks"] for r in read_task(info["data"], t, "test")}
         lines = [
@@ -227,7 +229,7 @@ def _summary(graded: list[dict], rows: list[dict], task: str) -> dict:
     "The figures of one task, from graded rows and the rows themselves."
     n, right, answers = len(graded), sum(g["right"] for g in graded), Counter(row["answer"] for row in rows)
     result: dict[str, Any] = {"n": n, "accuracy": right / n, "interval": wilson_interval(right, n)}
-    result["chance"] = mean(1 / len(row_answers(row, task)) for row in rows)
+    result["chance"] = find_task(task).chance or mean(1 / len(row_answers(row, task)) for row in rows)
     result["majority"] = max(answers.values()) / len(rows)
     result["unparsed"] = sum(g["predicted"] is None for g in graded) / n
     result["shortened"] = sum(g["shortened"] for g in graded)
@@ -409,10 +411,10 @@ def tasks_to_grade(
 ) -> list[str]:
     "The tasks to grade; a ValueError for a name that is no task."
     if wanted:
-        return [checked_name(task, TASKS, "task") for task in dict.fromkeys(wanted)]
+        return [task for task in dict.fromkeys(wanted) if find_task(task)]
     if str(path) in TOY_WORLDS:
         return list(TASKS)
-    there = [task for task in TASKS if task_file(Path(path), task, "test")]
+    there = [task for task in task_table() if task_file(Path(path), task, "test")]
     if not there:
         find_file(Path(path), "boolq", "test")  # raises an error that says what is missing
     return there
@@ -604,7 +606,7 @@ def evaluate(
     _check_request(protocol, limit, batch_size, prompt)
     rank, processes = share = join()
     model, tokenizer, config = load_target(target, base)
-    path = data_path(DataConfig(path=data or (config and config.path)))
+    path = data_path(DataConfig(path=data) if data or not config else config)
     rows = test_rows(path, tasks or own_tasks(path, config and config.tasks, rank == 0), limit)
     settings = settings_of(model, tokenizer, protocol, _prompt_style(protocol, prompt, config and config.prompt))
     place = output or target

@@ -8,7 +8,7 @@ __all__ = ['FORMS', 'CARD', 'constant_map', 'encoded_rows', 'add_moments', 'cali
            'form_to_take', 'advice', 'ExportSettings', 'adapt_settings', 'merged', 'write_static', 'export',
            'summary_of']
 
-# %% ../nbs/15_deployment.ipynb #c7af3fdf
+# %% ../nbs/15_deployment.ipynb #05c1c747
 import copy
 import importlib.metadata
 import itertools
@@ -33,7 +33,7 @@ from .evaluate import text_table, wilson_interval, with_adapter
 from .lora import project_down
 from .recipe import base_folder, load_base, load_recipe, max_positions
 from .scoring import grade_rows
-from .tasks import TASKS, evaluating
+from .tasks import evaluating, find_task
 from .tuner import PAIRINGS, D2MoraLinear, mixture, watch_layers
 from .utils import check_number, locked, nearest, publish, remove, write_text, writing
 
@@ -328,7 +328,7 @@ def advice(
         text += "; that is a loss: distil it (--distill 100, or more steps), or serve the routed adapter in Python"
     return text
 
-# %% ../nbs/15_deployment.ipynb #ba5613dd
+# %% ../nbs/15_deployment.ipynb #4fba0638
 @dataclass
 class ExportSettings:
     "How to export; a ValueError names a value that cannot be."
@@ -394,8 +394,7 @@ def _check_source(target: str | Path, base: str | None, merge: bool) -> Any:
 def _check_tasks(known: list[str], tasks: list[str] | None) -> list[str]:
     "The tasks asked for, or all that are known; those that the adapter was not trained on are refused."
     for task in tasks or []:
-        if task not in TASKS:
-            raise ValueError(f"unknown task '{task}'{nearest(task, TASKS)}")
+        find_task(task)
         if task not in known:
             reason = f"the adapter was not trained on {task}, so its routers say nothing about it"
             raise ValueError(f"{reason}: calibrate on {', '.join(known)}")
@@ -469,7 +468,7 @@ def _write_card(folder: Path, base: str, found: dict, merge: bool) -> None:
     }
     write_text(folder / "README.md", CARD.format(**facts, costs=cost_table(costs), advice=advice(**found)))
 
-# %% ../nbs/15_deployment.ipynb #e3fc02dc
+# %% ../nbs/15_deployment.ipynb #74b9c73b
 def _export_one(model, tokenizer, config, settings: ExportSettings, base: str, tasks: list[str], folder: Path) -> dict:
     "Make the forms, measure them, write one, and measure what was written."
     encoded = lambda split, n: [row for task in tasks for row in encoded_rows(tokenizer, config, task, split, n)]
@@ -515,7 +514,7 @@ def export(
     name = _check_source(target, base, chosen.merge)
     aside = _place_aside(folder)
     model, tokenizer, config = load_target(target, base)
-    tasks = _check_tasks(config.tasks if config else list(TASKS), tasks)
+    tasks = _check_tasks(config.tasks if config else DataConfig(path=data).tasks, tasks)
     chosen, config = adapt_settings(chosen, target, config, data, model)
     check_rank(model.peft_config["default"], chosen.rank)
     job = partial(_export_one, on_device(model), tokenizer, config, chosen, name)

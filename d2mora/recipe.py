@@ -220,7 +220,7 @@ def check_training(
             limit = f" and below {below[1]}" if below else ""
             raise ValueError(f"training.{key}={value}: must be at least {least}{limit}")
 
-# %% ../nbs/g_recipes.ipynb #fd1bc6ca
+# %% ../nbs/g_recipes.ipynb #878236d7
 def parse_override(
     text: str,  # base=NAME or section.key=value
 ) -> tuple[str, Any]:  # the key and its value
@@ -229,7 +229,9 @@ def parse_override(
     given = f"'{text[:60]}{'…' * (len(text) > 60)}'"
     if not equals:
         raise ValueError(f"{given} is not understood: write base=NAME or section.key=value")
-    return key, value if key in ("base", "data.path") else read_yaml(value, given)  # names and paths are no YAML
+    return key, value if key in ("base", "data.path", "data.tasks_file") else read_yaml(
+        value, given
+    )  # names and paths are no YAML
 
 
 def override(

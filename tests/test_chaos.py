@@ -94,9 +94,9 @@ def test_the_driver_wants_one_line_and_status_two():
 def test_a_file_that_changed_within_its_old_time_is_read_anew(tmp_path):
     path, rows = tmp_path / "train.json", toy_rows("toy", "boolq", "train")[:3]
     path.write_text(json.dumps(rows)), os.utime(path, (1e9, 1e9))
-    assert read_file(path)["answer"][:] == [row["answer"] for row in rows]
+    assert [row["answer"] for row in read_file(path)] == [row["answer"] for row in rows]
     path.write_text(json.dumps(rows[::-1])), os.utime(path, (1e9, 1e9))
-    assert read_file(path)["instruction"][:] == [row["instruction"] for row in rows[::-1]]
+    assert [row["instruction"] for row in read_file(path)] == [row["instruction"] for row in rows[::-1]]
 
 
 def test_a_lock_dies_with_its_process(tmp_path):

@@ -1,19 +1,23 @@
-"""The eight tasks: byte-exact prompts on real rows, parsing as published, and each option's own text."""
+"""The eight tasks: byte-exact prompts on real rows, parsing as published; and tasks of one's own through all commands."""
 
 import gzip
 import json
 
 import pytest
 import torch
+import yaml
 
+from d2mora.cli import main
+from d2mora.data import DataConfig, read_task
 from d2mora.tasks import (
     ANSWER_PREFIX,
     TASKS,
     content_pairs,
     evaluating,
     evaluation_prompt,
+    find_task,
     parse_answer,
-    question_and_texts,
+    register_tasks,
     row_answers,
     training_prompt,
 )
@@ -21,31 +25,23 @@ from d2mora.tasks import (
 LISTED = "Please choose the correct answer to the question: Why?\n\nAnswer1: a Answer2: b Answer format: {}"
 
 
-def real_rows(shared, task):
-    with gzip.open(shared / "data" / task / "test.json.gz", "rt") as file:
-        return json.load(file)
-
-
 @pytest.mark.parametrize("task", TASKS)
-def test_prompts_of_real_rows_are_byte_exact(shared, task):
+def test_real_rows_are_understood_and_their_prompts_are_byte_exact(shared, task):
     official = json.loads((shared / "facts" / "official_prompts.json").read_text())
-    for row in real_rows(shared, task)[:200]:
-        for extra, key in (("", ""), ("context {x}", "_with_input")):
+    with gzip.open(shared / "data" / task / "test.json.gz", "rt") as file:
+        rows = json.load(file)
+    for number, row in enumerate(rows):
+        assert row["answer"] in row_answers(row, task) and row["output"] == f"{ANSWER_PREFIX} {row['answer']}"
+        assert parse_answer(row["output"], task) == row["answer"]
+        cloze = training_prompt(row | {"task": task}, "cloze")
+        assert cloze == content_pairs(row, task)[row_answers(row, task).index(row["answer"])]
+        assert "Answer format" not in "".join(cloze)
+        assert training_prompt(row) == (row["instruction"] + "\n\n", row["output"])
+        assert training_prompt(row)[0] == evaluation_prompt(row)
+        for extra, key in (("", ""), ("context {x}", "_with_input")) if number < 100 else ():
             r = row | {"input": extra}
             assert "".join(training_prompt(r, "official")).encode() == official["train" + key].format(**r).encode()
             assert evaluation_prompt(r, "official").encode() == official["eval" + key].format(**r).encode()
-        assert training_prompt(row) == (row["instruction"] + "\n\n", row["output"])
-        assert training_prompt(row)[0] == evaluation_prompt(row)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_every_real_row_is_understood(shared, task):
-    for row in real_rows(shared, task):
-        assert row["answer"] in row_answers(row, task) and row["output"] == f"{ANSWER_PREFIX} {row['answer']}"
-        assert parse_answer(row["output"], task) == row["answer"]
-        pairs = content_pairs(row, task)
-        cloze = training_prompt(row | {"task": task}, "cloze")
-        assert cloze == pairs[row_answers(row, task).index(row["answer"])] and "Answer format" not in "".join(cloze)
 
 
 @pytest.mark.parametrize(
@@ -74,19 +70,16 @@ def test_a_row_offers_its_own_options(listed, task, words):
     assert row_answers({"instruction": LISTED.format(listed)}, task) == words
 
 
+GAPLESS = {"instruction": "Fill in: no gap here. Option1: a Option2: b Answer format: option1/option2"}
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: parse_answer("ending1", "hellaswg"), "'hellaswag'"),
+        (lambda: parse_answer("ending1", "hellaswg"), "'hellaswag'.*own-tasks"),
         (lambda: training_prompt({"instruction": "", "output": ""}, "oficial"), "'official'"),
-        (lambda: question_and_texts({"instruction": LISTED.format("answer1/answer2/answer3")}, "ARC-Easy"), "no text"),
-        (
-            lambda: content_pairs(
-                {"instruction": "Fill in: no gap here. Option1: a Option2: b Answer format: option1/option2"},
-                "winogrande",
-            ),
-            "no gap",
-        ),
+        (lambda: content_pairs({"instruction": LISTED.format("answer1/answer2/answer3")}, "ARC-Easy"), "no text"),
+        (lambda: content_pairs(GAPLESS, "winogrande"), "no gap"),
     ],
 )
 def test_mistakes_are_named(call, message):
@@ -101,3 +94,108 @@ def test_evaluating_leaves_every_module_in_its_mode():
         assert not any(module.training for module in model.modules())
         raise KeyError
     assert [module.training for module in model.modules()] == [True, False, True]
+
+
+# --- tasks of one's own
+
+OWN = {
+    "mood": {"answers": ["true", "false"], "chance": 0.4},
+    "size": {"answers": {0: "option1", 1: "option2"}, "fields": {"instruction": "text", "answer": "label"}},
+}
+SMALL = """data.cutoff=64 training.max_steps=2 training.warmup_steps=0 training.logging_steps=1
+training.per_device_train_batch_size=4 training.disable_tqdm=true""".split()
+
+
+def own_world(folder, described="tasks.yaml"):
+    "Two tasks, one in CSV, one in JSON Lines with other columns and numbers for answers."
+    for task in OWN:
+        (folder / task).mkdir(parents=True)
+    for split in ("train", "test"):
+        lines = [f'"red, blue, {n}",{("true", "false")[n % 2]}' for n in range(12)]
+        (folder / f"mood/{split}.csv").write_text("\n".join(["instruction,answer", *lines]) + "\n")
+        lines = [json.dumps({"text": f"green {n}", "label": n % 2, "more": [1]}) for n in range(10)]
+        (folder / f"size/{split}.jsonl").write_text("\n".join(lines))
+    (folder / described).write_text(yaml.safe_dump(OWN))
+    return str(folder)
+
+
+def test_own_tasks_go_through_training_grading_comparison_and_export(tmp_path):
+    data, run = own_world(tmp_path / "data"), str(tmp_path / "run")
+    assert main(["train", "demo", f"data.path={data}", *SMALL, "--output", run]) == 0
+    kept = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["data"]
+    assert kept["tasks"] == ["mood", "size"] and kept["own_tasks"]["mood"] == OWN["mood"] and not kept["tasks_file"]
+    (tmp_path / "data/tasks.yaml").unlink()  # from here on the run knows its tasks alone
+    for protocol, rows in (("choice", "4"), ("generate", "2")):
+        assert main(["evaluate", run, "--protocol", protocol, "--limit", rows]) == 0
+        tasks = json.loads((tmp_path / f"run/evaluation-{protocol}.json").read_text())["tasks"]
+        assert {task: t["chance"] for task, t in tasks.items()} == {"mood": 0.4, "size": 0.5}
+        assert tasks["mood"]["n"] == int(rows)
+    assert main(["export", run, str(tmp_path / "out"), "--tasks", "size", "--rows", "4", "--limit", "4"]) == 0
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+    one = "--methods d2mora --seeds 0 --learning-rates 1e-3 --limit 2".split()
+    words = [f"data.own_tasks={json.dumps(OWN)}", f"data.path={data}", *SMALL, "data.validation_rows=4", *one]
+    assert main(["compare", "demo", *words, "--output", str(tmp_path / "all")]) == 0
+    (found,) = json.loads((tmp_path / "all/comparison-equal.json").read_text())["runs"]
+    assert list(found["grades"]["choice"]["tasks"]) == ["mood", "size"]
+
+
+def test_a_named_tasks_file_says_the_same_and_a_changed_one_is_another_recipe(tmp_path):
+    folder = own_world(tmp_path / "data", "mine.yaml")
+    config = DataConfig(path=folder, tasks_file=f"{folder}/mine.yaml")
+    assert config == DataConfig(path=folder, own_tasks={name: OWN[name] for name in sorted(OWN)})
+    assert config != DataConfig(path=folder, own_tasks={"mood": {"options": 3}})
+    rows = read_task(folder, "size", "test").to_list()
+    assert rows[1] == {
+        **{"instruction": "green 1", "input": None, "output": "the correct answer is option2", "answer": "option2"},
+        **{"task": "size", "row": 1},
+    }
+
+
+def test_a_parquet_file_is_read(tmp_path):
+    import datasets
+
+    (tmp_path / "size").mkdir()
+    rows = datasets.Dataset.from_list([{"text": "green", "label": 1}])
+    rows.to_parquet(tmp_path / "size/test.parquet")
+    DataConfig(path=str(tmp_path), own_tasks=OWN)
+    assert read_task(str(tmp_path), "size", "test")["answer"][:] == ["option2"]
+
+
+def test_own_expressions():
+    register_tasks({"verdict": {"answers": ["no", "not sure", "C++"]}, "last": {"options": 3, "pattern": r"is (\w+)$"}})
+    assert [parse_answer(text, "verdict") for text in ("nothing", "not sure", "it is C++.")] == [
+        None,
+        "not sure",
+        "C++",
+    ]
+    assert parse_answer("answer1? it is answer2", "last") == "answer2"
+    assert find_task("last").answers == ("answer1", "answer2", "answer3")
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        ("mood: {answers: [yes, no]}", "'mood': answers: .*string"),
+        ("mood: {answers: [happy]}", "two or more"),
+        ("mood: {answers: [a, b], colour: red}", "colour"),
+        ("mood: {answers: [a, b], chance: 3}", "chance"),
+        ("mood: {answers: [a, b], pattern: '('}", "pattern"),
+        ("boolq: {answers: [a, b]}", "none of the eight"),
+        ("../mood: {answers: [a, b]}", "letters"),
+        ("- mood", "no tasks by name"),
+        ("mood: !!python/object:os.system {}", "not YAML"),
+        (
+            "mood: {answers: ['true', 'false'], fields: {answer: label}}",
+            "no columns instruction and label .there are: answer, instruction",
+        ),
+        ("other: {answers: [a, b]}", "other: no train.json, .*parquet"),
+    ],
+)
+def test_wrong_own_tasks_are_one_line_with_the_page_that_shows_them(own, message, tmp_path, capsys):
+    data = own_world(tmp_path / "data")
+    (tmp_path / "data/tasks.yaml").write_text(own)
+    assert main(["train", "demo", f"data.path={data}", *SMALL, "--output", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("#your-own-tasks" in said or "not YAML" in said)
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(said)

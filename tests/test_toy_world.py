@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from program import program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import d2mora
@@ -34,20 +33,13 @@ def base():
     return AutoModelForCausalLM.from_pretrained(toy_base()), AutoTokenizer.from_pretrained(toy_base())
 
 
-def needed(split, *tasks):
-    questions = (q for name in TOY_WORLDS for task in tasks or TASKS for q in toy_questions(name, task, split))
-    return set().union(*(q.facts for q in questions))
-
-
 def test_no_tested_fact_is_asked_in_training():
     "From the generator's record, over both worlds and all tasks; the record holds wrong options' facts too."
-    trained, tested = needed("train"), needed("test")
-    assert not trained & tested and trained | tested <= set(WORLD.facts)
-    assert (
-        len(tested) > 90
-        and len(trained) > 280
-        and len(needed("train", "ARC-Easy") & needed("train", "ARC-Challenge")) > 40
+    trained, tested = (
+        set().union(*(q.facts for name, task in product(TOY_WORLDS, TASKS) for q in toy_questions(name, task, split)))
+        for split in ("train", "test")
     )
+    assert not trained & tested and trained | tested <= set(WORLD.facts) and len(tested) > 90 and len(trained) > 280
 
 
 def holds(q, option):
@@ -56,9 +48,7 @@ def holds(q, option):
     words, form = re.findall(r"\w+", q.text), TOY_TASKS[q.task][0]
     thing = option if form in ("which", "blank") else next(x for x in words if (x, relation) in WORLD.facts)
     value = WORLD.facts[WORLD.facts[thing, "partner"] if "partner" in words else thing, relation]
-    if form == "value":
-        return value == option
-    return (value in words) == (option != "false")
+    return value == option if form == "value" else (value in words) == (option != "false")
 
 
 @pytest.mark.parametrize("world, task", list(product(TOY_WORLDS, TASKS)))
@@ -70,14 +60,11 @@ def test_questions_are_true_and_their_record_is_complete(world, task):
         (right,) = [i for i, option in enumerate(q.options) if holds(q, option)]
         assert q.answer == TASKS[task].answers[(right + shift) % len(q.options)]
         named = names & set(re.findall(r"\w+", " ".join([q.text, *q.options])))
-        assert named and named <= {x for x, _ in q.facts}
-        relations = {r for _, r in q.facts}
-        assert len(relations - {"partner"}) == 1 and relations - {"partner"} <= set(TOY_TASKS[task][1])
-        two = "partner" in relations
-        assert two == ("partner" in q.text)
-        assert {x for x, r in q.facts if r in RELATIONS} == (
-            {WORLD.facts[x, "partner"] for x in named} if two else named
-        )
+        asked = {x for x, r in q.facts if r in RELATIONS}
+        if "partner" in q.text:
+            assert asked == {WORLD.facts[x, "partner"] for x in named} and {(x, "partner") for x in named} <= q.facts
+        else:
+            assert asked == named and len(q.facts) == len(named)
     share = sum("partner" in q.text for q in questions) / len(questions)
     assert 0.15 < share < 0.35 if world == "toy-hard" else share == 0
     answers = [q.answer for q in questions]
@@ -100,41 +87,32 @@ def test_toy_rows_are_laid_out_like_the_real_ones(shared, task):
     assert frame(toy["instruction"]) == frame(real["instruction"])
 
 
-@pytest.mark.parametrize("style", ["plain", "official"])
-def test_the_tokenizer_knows_every_word(base, style):
+def test_the_tokenizer_knows_every_word(base):
     tokenizer = base[1]
-    for world, task in product(TOY_WORLDS, TASKS):
-        for row in toy_rows(world, task, "test", 40):
-            text = "".join(training_prompt(row, style))
-            ids = tokenizer(text)["input_ids"]
+    for world, task, style in product(TOY_WORLDS, TASKS, ("plain", "official")):
+        for row in toy_rows(world, task, "test", 20):
+            ids = tokenizer(text := "".join(training_prompt(row, style)))["input_ids"]
             assert tokenizer.unk_token_id not in ids and ids[0] == tokenizer.bos_token_id
-            assert style == "official" or 20 <= len(ids) <= 60
             assert parse_answer(tokenizer.decode(ids), task) == parse_answer(text, task)
-            assert len(tokenizer(" " + row["answer"], add_special_tokens=False)["input_ids"]) == 1
         for word in TASKS[task].answers:
+            assert len(tokenizer(" " + word, add_special_tokens=False)["input_ids"]) == 1
             assert parse_answer(tokenizer.decode(tokenizer(f"{ANSWER_PREFIX} {word}")["input_ids"]), task) == word
 
 
-def test_rows_and_base_are_fixed_by_hash(script):
+def test_rows_and_base_are_fixed_by_hash(script, tmp_path):
     held = dict(reversed(line.split()) for line in (ASSETS / "toy.sha256").read_text().splitlines())
-    for world in TOY_WORLDS:
-        assert held[f"rows/{world}"] == script.rows_digest(world), (
-            "the generator's output has changed: see CONTRIBUTING"
-        )
+    assert {f"rows/{world}": script.rows_digest(world) for world in TOY_WORLDS}.items() <= held.items()
     assert sum(f.stat().st_size for f in Path(toy_base()).iterdir()) < 4e6
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_damaged_asset_is_one_line(tmp_path, name):
-    shutil.copytree(ASSETS, tmp_path, dirs_exist_ok=True)
-    damaged = tmp_path / "toy-base" / name
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    with pytest.raises(ValueError, match="damaged.*pretrain_base") as error:
-        toy_base(tmp_path)
-    assert "\n" not in str(error.value)
-    damaged.unlink()
-    with pytest.raises(ValueError, match="missing"):
-        toy_base(tmp_path)
+    shutil.copytree(ASSETS / "toy-base", tmp_path / "toy-base"), shutil.copy(ASSETS / "toy.sha256", tmp_path)
+    for damaged in (tmp_path / "toy-base" / name for name in ("model.safetensors", "config.json")):
+        kept = damaged.read_bytes()
+        damaged.write_bytes(kept[:-1] + b"!")
+        with pytest.raises(ValueError, match="damaged.*pretrain_base"):
+            toy_base(tmp_path)
+        damaged.unlink()
+        with pytest.raises(ValueError, match="missing"):
+            toy_base(tmp_path)
+        damaged.write_bytes(kept)
 
 
 @pytest.mark.parametrize(
@@ -143,21 +121,12 @@ def test_a_damaged_asset_is_one_line(tmp_path, name):
         (lambda: toy_rows("toy-hrad", "boolq", "test"), "'toy-hard'"),
         (lambda: toy_rows("toy", "boolq", "tests"), "'test'"),
         (lambda: toy_world(SIZES | {"event": 15}), "15 of kind event.*at least 16"),
-        (lambda: toy_rows("toy", "piqa", "test", 10_000), "different questions"),
+        (lambda: toy_rows("toy", "piqa", "test", 3000), "different questions"),
     ],
 )
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_the_script_refuses_a_world_that_is_too_small():
-    path = str(ROOT / "nbs" / "pretrain_base.py")
-    words = ["pretrain_base.py", "--size", "3", "--output", "/nonexistent/x"]
-    done = program(
-        f"import runpy, sys\nsys.argv = {words}\nrunpy.run_path({path!r}, run_name='__main__')", {}, call=exec
-    )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "at least 16" in done.stderr
 
 
 def test_the_base_passes_its_gates_and_is_at_chance_on_the_tasks(script, base):
