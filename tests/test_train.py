@@ -116,7 +116,9 @@ def test_every_adapter_of_peft_is_a_recipe(name, tmp_path):
     adapter, theirs = ADAPTERS[name], "peft_type" in ADAPTERS[name]
     raw = {"base": "toy", "adapter": adapter, "data": {"path": "toy", "cutoff": 128}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(raw))
-    keys = {key: value for key, value in SMALL.items() if not key.startswith("adapter.")}
+    keys = {key: value for key, value in SMALL.items() if not key.startswith("adapter.")} | {
+        "data.train_on_inputs": True
+    }
     run = train(load_recipe(tmp_path / "own.yaml", keys | {"training.learning_rate": 0.01}), tmp_path / "run")
     before, after = validation_losses(run)["boolq"]
     assert after < before
