@@ -120,7 +120,9 @@ def _converted(key: str, value: Any, hint: Any) -> Any:
     if isinstance(value, bool) and not {bool, Any}.intersection(parts):
         raise wrong
     try:
-        value = TypeAdapter(Union[tuple(parts)], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+        value = TypeAdapter(cast(Any, Union[tuple(parts)]), config=ConfigDict(allow_inf_nan=False)).validate_python(
+            value
+        )
     except ValidationError:
         raise wrong from None
     except PydanticUserError:

@@ -122,11 +122,11 @@ def mean_cosines(
     "The mean |cosine| per pair of experts: the orthogonality loss (paper, eq. 10), divided by the number of pairs."
     if not any(True for _ in expert_layers(model)):
         return {}
-    found = {}
-    for side, name in enumerate(("cosine_down", "cosine_up")):
-        stacks = [own[side].stack().detach() for own in active_experts(model)]  # (E, r, d) each
+    experts, found = active_experts(model), {}
+    sides = {"cosine_down": [A.stack() for A, _, _ in experts], "cosine_up": [B.stack() for _, B, _ in experts]}
+    for name, stacks in sides.items():  # (E, r, d) each
         pairs = sum(len(W) * (len(W) - 1) // 2 for W in stacks)
-        found[name] = sum(float(similarity(W)) for W in stacks) / max(pairs, 1)
+        found[name] = sum(float(similarity(W.detach())) for W in stacks) / max(pairs, 1)
     return found
 
 # %% ../nbs/10_training.ipynb #628ec6b4
