@@ -27,7 +27,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from forks import POINTS, Fork, arm, watch
 
+import d2mora.analysis
 import d2mora.cli
+import d2mora.compare
+import d2mora.export  # (all before the forks, which then need not)
 from d2mora.recipe import load_base
 from d2mora.train import defect
 from d2mora.utils import write_text

@@ -652,8 +652,8 @@ LOGGED = {  # key of the log -> title of its panel, name of its line
     "loss": ("loss", "training rows"),
     "eval_loss": ("loss", "held-out rows"),
     r"eval_(.+)_loss": ("loss of each task, held-out rows", r"\1"),
-    "orthogonality_down": ("orthogonality loss, without λ", "A's"),
-    "orthogonality_up": ("orthogonality loss, without λ", "B's"),
+    "cosine_down": ("mean |cosine| per pair", "A's"),
+    "cosine_up": ("mean |cosine| per pair", "B's"),
     "grad_norm_([AB])": ("gradient norm", r"\1's"),
     "grad_norm_routers": ("gradient norm", "routers"),
 }

@@ -24,12 +24,6 @@ import peft
 import torch
 import transformers
 
-import d2mora.analysis
-import d2mora.cli
-import d2mora.compare
-import d2mora.export  # noqa: F401  (before the forks, which then need not)
-
-
 datasets.disable_progress_bars()
 PIPE = 2**20  # bytes that a fork may say before somebody listens
 
@@ -133,13 +127,13 @@ def half(real, what, path, *args, **kwargs):
 
 
 POINTS = (
-    "weights",
-    "training_args.bin",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
     "trainer_state.json",
     "rotating",
+    "optimizer.pt",
+    "weights",
+    "rng_state.pth",
+    "scheduler.pt",
+    "training_args.bin",
 )
 
 

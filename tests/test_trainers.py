@@ -88,20 +88,20 @@ def run(kind, arguments, model, folder, rows, **more):
     settings = dict(max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=ACCUMULATE, optim="sgd")
     settings |= dict(learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, report_to="none")
     arguments = arguments(str(folder), save_strategy="no", disable_tqdm=True, seed=0, **settings)
-    trainer = kind(model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), **more)
+    trainer = kind(model, args=arguments, train_dataset=rows, **more)
     attach_orthogonality(trainer.model, trainer.create_optimizer())
     trainer.train()
 
 
 def stock_trainer(model, folder):
-    rows = [{name: row for name, row in zip(own, pair)} for own in map(batch, range(4)) for pair in zip(*own.values())]
-    rows = [{name: row.tolist() for name, row in own.items()} for own in rows]
+    ids = [row.tolist() for k in range(ACCUMULATE) for row in batch(k)["input_ids"]]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
     run(transformers.Trainer, transformers.TrainingArguments, model, folder, rows)
 
 
 def sft_trainer(model, folder):
     trl = pytest.importorskip("trl", reason="trl is missing: pip install 'd2mora[trl]'")
-    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preferences()]
+    rows = preferences().select_columns(["prompt", "completion"])
     run(trl.SFTTrainer, trl.SFTConfig, model, folder, rows, processing_class=tokenizer())
 
 
@@ -109,7 +109,7 @@ def dpo_trainer(model, folder):
     "And the reference, a frozen copy of the adapter, stays as it was."
     trl = pytest.importorskip("trl", reason="trl is missing: pip install 'd2mora[trl]'")
     start = {name: p.detach().clone() for name, p in experts(model).items()}
-    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in preferences()]
+    rows = preferences().select_columns(["prompt", "chosen", "rejected"])
     run(trl.DPOTrainer, trl.DPOConfig, model, folder, rows, processing_class=tokenizer())
     held = dict(model.named_parameters())
     assert all(torch.equal(held[name.replace(".default", ".ref")], p) for name, p in start.items())
@@ -121,20 +121,18 @@ def test_counted_once_per_step(trainer, tmp_path):
 
 
 def test_a_term_in_every_batch_would_be_noticed(tmp_path):
+    weight = lambda model: model.peft_config["default"].orthogonality_weight or 1e-30
     with pytest.raises(AssertionError, match="not close"):
-        check_once(
-            lambda model: plain_loop(model, tmp_path, model.peft_config["default"].orthogonality_weight or 1e-30)
-        )
+        check_once(lambda model: plain_loop(model, tmp_path, weight(model)))
 
 
 def preferences():
     other, rows = {"true": "false", "false": "true"}, []
     for i, row in enumerate(toy_rows("toy", "boolq", "train", 16)):
         good, bad = " " + row["output"], " " + row["output"].replace(row["answer"], other[row["answer"]])
-        rows.append(
-            {"prompt": row["instruction"], "chosen": good, "rejected": bad, "completion": good, "label": i % 2 == 0}
-        )
-    return rows
+        own = {"prompt": row["instruction"], "chosen": good, "rejected": bad, "completion": good, "label": i % 2 == 0}
+        rows.append(own)
+    return datasets.Dataset.from_list(rows)
 
 
 COLUMNS = {"DPO": ["prompt", "chosen", "rejected"], "KTO": ["prompt", "completion", "label"], "GRPO": ["prompt"]}
@@ -150,7 +148,7 @@ def test_the_reference_of_a_trained_adapter_is_its_copy(tmp_path, name):
     more = {"beta": 0.1, "num_generations": 2} if samples else {}
     arguments = config(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=2, **more)
     rewards = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if samples else {}
-    rows = datasets.Dataset.from_list(preferences()).select_columns(COLUMNS[name])
+    rows = preferences().select_columns(COLUMNS[name])
     trainer = kind(model_of(1e-4), args=arguments, train_dataset=rows, processing_class=tokenizer(), **rewards)
     model, ids, logits = trainer.model.eval(), torch.arange(3, 15)[None], {}
     for adapter in ("default", "ref"):
@@ -164,11 +162,7 @@ def test_the_reference_of_a_trained_adapter_is_its_copy(tmp_path, name):
 def test_muon_and_groups_for_the_parts():
     model = model_of(1e-4)
     groups = d2mora.parameter_groups(model, up={"lr": 0.0}, routers={"weight_decay": 0.0}, others={"lr": 1.0})
-    assert [sorted(set(group) - {"params"}) for group in groups] == [
-        [],
-        ["lr"],
-        ["weight_decay"],
-    ]  # no others are trained
+    assert [set(group) - {"params"} for group in groups] == [set(), {"lr"}, {"weight_decay"}]  # no others are trained
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Muon(groups, lr=1e-2)  # takes matrices only
     attach_orthogonality(model, optimizer)
