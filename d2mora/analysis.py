@@ -447,10 +447,11 @@ class Monitor(TrainerCallback):
         self.before, self.reported = here, self.reported.union(new)
         return {f"alarms_{kind}": len(own) for kind, own in found.items()}
 
-# %% ../nbs/13_analysis.ipynb #46376af9
+# %% ../nbs/13_analysis.ipynb #47654a3e
 _LOGGED = {  # title of a panel -> key of the log -> name and colour of its line
     "loss": {"loss": ("training rows", "text"), "eval_loss": ("held-out rows", "loss")},
-    "similarity of experts": {"orthogonality_down": ("A's", "down"), "orthogonality_up": ("B's", "up")},
+    "mean |cosine| of experts": {"cosine_down": ("A's", "down"), "cosine_up": ("B's", "up")},
+    "orthogonality loss": {"orthogonality_down": ("A's", "down"), "orthogonality_up": ("B's", "up")},  # of older runs
     "gradient norm": {
         "grad_norm_A": ("A's", "down"),
         "grad_norm_B": ("B's", "up"),
@@ -462,7 +463,7 @@ _LOGGED = {  # title of a panel -> key of the log -> name and colour of its line
 def draw_curves(
     run: str | Path,  # a run folder
 ):  # a matplotlib Figure; None if nothing was logged
-    "Draw what was logged over the steps: loss, similarity of experts as the Trainer logs it, gradient norms."
+    "Draw what was logged over the steps: loss, similarity of experts, gradient norms."
     lines = read_metrics(run) if (Path(run) / "metrics.jsonl").is_file() else []
     logged = {key for line in lines for key in line}
     panels = {title: own for title, own in _LOGGED.items() if own.keys() & logged}
