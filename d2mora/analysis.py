@@ -98,12 +98,21 @@ def mean_similarity(
     tables = [f[measure] for f in found if f["side"] == side and len(f[measure]) > 1]
     return float(np.mean([T[np.triu_indices(len(T), 1)].mean() for T in tables])) if tables else float("nan")
 
-# %% ../nbs/13_analysis.ipynb #ae97646d
+# %% ../nbs/13_analysis.ipynb #2f76030b
 def _by_block(found, kind, side):
     "Mean |cosine| of one kind of layer: block -> value."
     own = [f for f in found if f["kind"] == kind]
     blocks = sorted({f["block"] for f in own})
     return {block: mean_similarity([f for f in own if f["block"] == block], side) for block in blocks}
+
+
+def _similarity_lines(ax, models, kind, side, colors):
+    "Draw the blocks of one kind of layer and one side, a line for each model."
+    for (name, found), color, line in zip(models.items(), (side, "text", "loss"), ("o-", "s--", "v:")):
+        values = _by_block(found, kind, side)
+        ax.plot([*values], [*values.values()], line, color=colors[color], label=name, clip_on=False)
+    ax.set(title=kind if side == "down" else "", xlabel="block" if side == "up" else "")
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def draw_similarity(
@@ -118,11 +127,7 @@ def draw_similarity(
         for row, side in zip(axes, SIDES):
             row[0].set_ylabel(f"{SIDES[side]}'s: mean |cosine|")
             for ax, kind in zip(row, kinds):
-                for (name, found), color, line in zip(models.items(), (side, "text", "loss"), ("o-", "s--", "v:")):
-                    values = _by_block(found, kind, side)
-                    ax.plot([*values], [*values.values()], line, color=colors[color], label=name, clip_on=False)
-                ax.set(title=kind if side == "down" else "", xlabel="block" if side == "up" else "")
-                ax.xaxis.get_major_locator().set_params(integer=True)
+                _similarity_lines(ax, models, kind, side, colors)
             row[-1].legend(fontsize=7)
         axes[0, 0].set_ylim(bottom=0)
     reading = f"Upper row A's, lower row B's, a column for each of {', '.join(kinds)}"
@@ -192,7 +197,18 @@ def routing_by_task(
     layers = [layer for layer in tasks[0] if all(layer in own for own in tasks)]
     return {n: {side: torch.stack([own[n][side].mean(0) for own in tasks]) for side in tasks[0][n]} for n in layers}
 
-# %% ../nbs/13_analysis.ipynb #4902c5b1
+# %% ../nbs/13_analysis.ipynb #0af01c22
+def _draw_weights(ax, routing, tasks, side):
+    "Draw tasks by experts in the layer where tasks differ most."
+    weights = {layer: own[side] for layer, own in routing.items() if side in own}
+    layer = max(weights, key=lambda name: task_spread(weights[name]))
+    percent = 100 * weights[layer].numpy()
+    heat(ax, percent, MAPS[side], percent.max(), form="{:.0f}".format)
+    ax.set_title(f"{SIDES[side]}'s of {_label(layer)} (%)")
+    ax.set_xticks(range(percent.shape[1]), expert_names(side, percent.shape[1]))
+    ax.set_yticks(range(len(tasks)), tasks)
+
+
 def draw_routers(
     routing: dict[str, dict[str, Tensor]],  # from `routing_by_task`
     tasks: list[str],  # names of its rows
@@ -203,13 +219,7 @@ def draw_routers(
         return None
     with canvas(1, len(sides), 4.5 * len(sides), 3.6) as (figure, (axes,), _):
         for ax, side in zip(axes, sides):
-            weights = {layer: own[side] for layer, own in routing.items() if side in own}
-            layer = max(weights, key=lambda name: task_spread(weights[name]))
-            percent = 100 * weights[layer].numpy()
-            heat(ax, percent, MAPS[side], percent.max(), form="{:.0f}".format)
-            ax.set_title(f"{SIDES[side]}'s of {_label(layer)} (%)")
-            ax.set_xticks(range(percent.shape[1]), expert_names(side, percent.shape[1]))
-            ax.set_yticks(range(len(tasks)), tasks)
+            _draw_weights(ax, routing, tasks, side)
     reading = f"Tables of tasks by experts; tasks: {', '.join(tasks)}"
     return headline(figure, "Router weights by task, in the layers where tasks differ most", reading)
 
@@ -317,7 +327,16 @@ def ablate(
                 found.setdefault(name, {})[task] = _change(before[task], right(task))
     return found
 
-# %% ../nbs/13_analysis.ipynb #a856976c
+# %% ../nbs/13_analysis.ipynb #c4f2652c
+def _ablation_bar(ax, y, name, own, colors):
+    "Draw the mean over tasks as a bar, and a circle for each task."
+    color = colors["router" if "routers" in name else "down" if " A" in name else "up"]
+    ax.barh(y, np.mean([task["change"] for task in own.values()]), color=color, alpha=0.6)
+    for task in own.values():
+        face = colors["text"] if task["p"] < 0.05 else "none"
+        ax.plot(task["change"], y, "o", ms=4, mfc=face, mec=colors["text"], mew=0.8)
+
+
 def draw_ablations(
     found: dict[str, dict[str, dict]],  # from `ablate`
 ):  # a matplotlib Figure; None if nothing was ablated
@@ -328,11 +347,7 @@ def draw_ablations(
     n = next(iter(found["whole"].values()))["n"]
     with canvas(1, 1, 7.2, 1.3 + 0.26 * len(names)) as (figure, ((ax,),), colors):
         for y, name in enumerate(names):
-            color = colors["router" if "routers" in name else "down" if " A" in name else "up"]
-            ax.barh(y, np.mean([own["change"] for own in found[name].values()]), color=color, alpha=0.6)
-            for own in found[name].values():
-                face = colors["text"] if own["p"] < 0.05 else "none"
-                ax.plot(own["change"], y, "o", ms=4, mfc=face, mec=colors["text"], mew=0.8)
+            _ablation_bar(ax, y, name, found[name], colors)
         ax.axvline(0, color=colors["text"], lw=1)
         ax.margins(x=0.03)
         ax.set_yticks(range(len(names)), names)
@@ -447,7 +462,7 @@ class Monitor(TrainerCallback):
         self.before, self.reported = here, self.reported.union(new)
         return {f"alarms_{kind}": len(own) for kind, own in found.items()}
 
-# %% ../nbs/13_analysis.ipynb #47654a3e
+# %% ../nbs/13_analysis.ipynb #786122d5
 _LOGGED = {  # title of a panel -> key of the log -> name and colour of its line
     "loss": {"loss": ("training rows", "text"), "eval_loss": ("held-out rows", "loss")},
     "mean |cosine| of experts": {"cosine_down": ("A's", "down"), "cosine_up": ("B's", "up")},
@@ -458,6 +473,16 @@ _LOGGED = {  # title of a panel -> key of the log -> name and colour of its line
         "grad_norm_routers": ("routers", "router"),
     },
 }
+
+
+def _curves(ax, title, own, lines, colors):
+    "Draw one panel."
+    for key, (name, color) in own.items():
+        if points := [(line["step"], line[key]) for line in lines if key in line]:
+            ax.plot(*zip(*points), color=colors[color], label=name)
+    unit = "nats per target token" if title == "loss" else ""
+    ax.set(title=title, xlabel="step", ylabel=unit, yscale="log" if "norm" in title else "linear")
+    ax.legend(fontsize=7)
 
 
 def draw_curves(
@@ -471,13 +496,7 @@ def draw_curves(
         return None
     with canvas(1, len(panels), 3.4 * len(panels), 3) as (figure, (axes,), colors):
         for ax, (title, own) in zip(axes, panels.items()):
-            for key in [key for key in own if key in logged]:
-                points = [(line["step"], line[key]) for line in lines if key in line]
-                name, color = own[key]
-                ax.plot(*zip(*points), color=colors[color], label=name)
-            unit = "nats per target token" if title == "loss" else ""
-            ax.set(title=title, xlabel="step", ylabel=unit, yscale="log" if "norm" in title else "linear")
-            ax.legend(fontsize=7)
+            _curves(ax, title, own, lines, colors)
     return headline(figure, "What was logged over the training steps", f"Curves over the steps: {'; '.join(panels)}")
 
 # %% ../nbs/13_analysis.ipynb #ffe4576f
