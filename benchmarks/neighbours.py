@@ -35,6 +35,8 @@ from d2mora.tuner import PAIRINGS
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "c_related.ipynb"
 GIVEN = dict(
     torch=torch,
+    nn=torch.nn,
+    load_base=load_base,
     Tensor=Tensor,
     replace=replace,
     mix_down=mix_down,

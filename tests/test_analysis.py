@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import peft
@@ -10,16 +9,13 @@ import pytest
 import torch
 import transformers
 from helpers import adapted, fill, our_config, tiny_llama, tokens
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
 from d2mora import analysis, evaluate
-from d2mora.cli import main
-from d2mora.data import read_task
-from d2mora.export import calibrate, static_lora
+from d2mora.export import calibrate
 from d2mora.orthogonality import Experts
 from d2mora.recipe import load_base
-from d2mora.train import read_metrics
+from d2mora.toy import toy_rows
 from d2mora.tuner import mixture, watch_layers
 
 ROOT = Path(__file__).parents[1]
@@ -107,60 +103,36 @@ def by_value(w):
 @pytest.fixture(scope="module")
 def toy():
     "The toy world's tokenizer, and rows of two tasks."
-    return load_base("toy")[1], {task: read_task("toy", task, "train").to_list()[:3] for task in ("piqa", "boolq")}
+    return load_base("toy")[1], {task: toy_rows("toy", task, "train", 3) for task in ("piqa", "boolq")}
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_router_weights_are_those_of_each_text_alone(name):
-    model = model_of(name)
-    state = torch.get_rng_state()
+def test_unusual_models(name, toy, recwarn):
+    "Router weights are those of each text alone; pictures, ablations and the export's calibration follow from them."
+    model, (tokenizer, rows) = model_of(name), toy
     found, expected = analysis.token_weights(model, TEXTS), given(model, TEXTS)
-    assert torch.equal(state, torch.get_rng_state()) and found.keys() == expected.keys() and len(found) >= 2
+    moments = calibrate(model, [{"input_ids": text} for text in TEXTS])
+    assert found.keys() == expected.keys() and len(found) >= 2
     for layer, sides in expected.items():
         for side, w in sides.items():
             torch.testing.assert_close(by_value(found[layer][side]), by_value(w), atol=1e-5, rtol=0)
+            torch.testing.assert_close(moments[layer][side].float(), w.mean(0), atol=1e-5, rtol=0)
     count = sum(map(len, TEXTS))
     counts = {n.rpartition("model.layers.")[2]: len(own["up"]) for n, own in found.items()}
     assert name != "called twice" or set(counts.values()) == {2 * count}
     assert name != "sparse" or 0 < counts["1.mlp.experts.0"] < count and "1.mlp.experts.3" not in counts
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_every_number_and_picture_of_unusual_models(name, toy):
-    model, (tokenizer, rows) = model_of(name), toy
-    text = rows["piqa"][0]["instruction"]
-    table = evaluate.routing_table(model, tokenizer, text).splitlines()
-    assert len(table) == 2 + len(tokenizer(text)["input_ids"]) and len(table[0].split("|")) == 1 + 1 + 3 + 8 + 1
-    page = analysis.token_map(model, tokenizer, text)
-    assert "q_proj" in str(list(page["layers"]))
-    assert not any("experts" in layer for layer in page["layers"])  # a layer that sees some tokens only is left out
-    routing = analysis.routing_by_task(model, tokenizer, rows)
-    assert routing and all(len(value) == 2 for own in routing.values() for value in own.values())
-    assert analysis.draw_routers(routing, list(rows)) and analysis.draw_coactivation(routing)
-    assert list(analysis.find_faults(model, TEXTS)) == ["duplicates", "collapsed", "dead", "vanished"]
-    means = analysis.task_means(routing, list(rows))["boolq"]
-    before = model(torch.tensor([TEXTS[0]])).logits
-    with analysis.changed_routing(model, partial(analysis.mean_weights, means=means)):
-        assert not torch.equal(model(torch.tensor([TEXTS[0]])).logits, before)
-    assert torch.equal(model(torch.tensor([TEXTS[0]])).logits, before)
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_export_of_unusual_models(name, recwarn):
-    model, rows = model_of(name), [{"input_ids": text} for text in TEXTS]
-    moments, expected = calibrate(model, rows), given(model, TEXTS)
-    for layer, sides in expected.items():
-        for side, w in sides.items():
-            torch.testing.assert_close(moments[layer][side].float(), w.mean(0), atol=1e-5, rtol=0)
     idle = [str(w.message) for w in recwarn if "are given no token" in str(w.message)]
     assert len(idle) == (name == "sparse") and (not idle or "1 of 15" in idle[0] and "experts.3" in idle[0])
-    with torch.no_grad():
-        for parameter, p in model.named_parameters():
-            if "router" in parameter:
-                p.zero_()  # all weights equal: then the adapter is a LoRA
-        lora = static_lora(model, calibrate(model, rows), "mean")
-        answers = [m(torch.tensor([TEXTS[0]]), use_cache=False).logits for m in (lora, model)]
-    torch.testing.assert_close(*answers, atol=2e-3, rtol=1e-3)
+
+    routing = analysis.routing_by_task(model, tokenizer, rows)
+    assert routing and all(len(value) == 2 for own in routing.values() for value in own.values())
+    assert analysis.draw_routers(routing, list(rows))
+    text = rows["piqa"][0]["instruction"]
+    assert len(evaluate.routing_table(model, tokenizer, text).splitlines()) == 2 + len(tokenizer(text)["input_ids"])
+    before = model(torch.tensor([TEXTS[0]])).logits
+    with analysis.changed_routing(model, analysis.mean_weights(routing, 1)):
+        assert not torch.equal(model(torch.tensor([TEXTS[0]])).logits, before)
+    assert torch.equal(model(torch.tensor([TEXTS[0]])).logits, before)
 
 
 # ---- similarity ----
@@ -181,33 +153,6 @@ def test_similarity_equals_loops_and_finds_a_planted_copy():
         cosines = [abs((a * b).sum() / a.norm() / b.norm()) for i, a in enumerate(B) for b in B[i + 1 :]]
         pairs.append(sum(cosines) / len(cosines))
     assert abs(analysis.mean_similarity(found, "up") - sum(pairs) / len(pairs)) < 1e-5
-    with pytest.raises(ValueError, match="did you mean 'q_proj'"):
-        analysis.mean_similarity(found, "up", ["q_prj"])
-
-
-def test_a_single_a_has_no_similarity_and_half_precision_has():
-    found = analysis.layer_similarity(adapted(pairing="one-to-many").to(torch.bfloat16))
-    assert analysis.mean_similarity(found, "up", ["q_proj"]) > 0
-    assert analysis.similarity_by_block(found, "q_proj", "down") == []
-
-
-def test_overlap_sees_another_basis_of_the_same_subspace():
-    P = torch.randn(4, 64)
-    both = torch.stack([P, torch.linalg.qr(torch.randn(4, 4)).Q @ P, torch.zeros(4, 64)])
-    overlap = analysis.subspace_overlap(both)
-    assert abs(overlap[0, 1] - 1) < 1e-4 and overlap[0, 2] == 0 == overlap[2, 2]
-
-
-# ---- routing ----
-def test_routing_numbers_equal_loops():
-    weights = next(iter(analysis.token_weights(adapted(), TEXTS).values()))
-    down, up = weights["down"], weights["up"]
-    joint = sum(torch.outer(a, b) for a, b in zip(down, up)) / len(down)
-    torch.testing.assert_close(analysis.coactivation(down, up), joint)
-    entropy = [-sum(float(w) * torch.log(w) for w in token) for token in up]
-    torch.testing.assert_close(analysis.effective_number(up), torch.stack(entropy).exp())
-    independent = torch.outer(down.mean(0), up.mean(0))
-    torch.testing.assert_close(analysis.coactivation_ratio(independent), torch.ones(3, 8))
 
 
 # ---- ablations ----
@@ -230,29 +175,26 @@ def test_without_an_expert_is_the_model_that_never_had_it(pairing, side):
                 large = model.get_submodule(name)
                 rows = [j for j in range(large.sizes[0]) if j != 1 or own.sizes == large.sizes]
                 own.stack().copy_(large.stack()[rows])
-    with analysis.changed_routing(model, partial(analysis.without_expert, of=side, j=1)):
+    with analysis.changed_routing(model, analysis.without_expert(side, 1)):
         found = model(ids).logits
     torch.testing.assert_close(found, smaller(ids).logits)
     assert (before - found).abs().max() > 1e-3 and torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize("pairing", ["many-to-many", "one-to-many", "one-to-one"])
-def test_uniform_and_mean_weights(pairing):
-    model, ids = adapted(pairing=pairing), tokens()
+def test_mean_weights_that_are_uniform_equal_routers_of_zeros():
+    model, ids = adapted(), tokens()
+    weights = analysis.token_weights(model, TEXTS)
     uniform = {
-        layer: {side: torch.full(w.shape[1:], 1 / w.shape[1]) for side, w in own.items()}
-        for layer, own in analysis.token_weights(model, TEXTS).items()
+        layer: {side: torch.full((1, w.shape[1]), 1 / w.shape[1]) for side, w in own.items()}
+        for layer, own in weights.items()
     }
-    answers = []
-    for change in (analysis.uniform_weights, partial(analysis.mean_weights, means=uniform)):
-        with analysis.changed_routing(model, change):
-            answers.append(model(ids).logits)
+    with analysis.changed_routing(model, analysis.mean_weights(uniform, 0)):
+        found = model(ids).logits
+    assert (found - model(ids).logits).abs().max() > 1e-3
     with torch.no_grad():
-        for side in ("router_down", "router_up"):
-            for R in matrices(model, side):
-                R.zero_()
-    for answer in answers:
-        torch.testing.assert_close(answer, model(ids).logits, atol=1e-5, rtol=1e-5)
+        for R in [*matrices(model, "router_down"), *matrices(model, "router_up")]:
+            R.zero_()
+    torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_an_ablation_that_fails_leaves_no_trace():
@@ -260,7 +202,7 @@ def test_an_ablation_that_fails_leaves_no_trace():
     before = model(ids).logits
     for j in (-1, 3):
         with pytest.raises(ValueError, match=f"expert {j} cannot be removed"):
-            with analysis.changed_routing(model, partial(analysis.without_expert, of="down", j=j)):
+            with analysis.changed_routing(model, analysis.without_expert("down", j)):
                 model(ids)
     assert torch.equal(model(ids).logits, before)
     with pytest.raises(ValueError, match="no active routers"), analysis.changed_routing(tiny_llama(), None):
@@ -268,89 +210,38 @@ def test_an_ablation_that_fails_leaves_no_trace():
 
 
 # ---- the pictures of a run ----
-SINGLE = [("one-to-many", 1, 3), ("many-to-many", 3, 1), ("many-to-many", 1, 1), ("one-to-one", 1, 1), ("LoRA", 1, 1)]
-
-
 @pytest.mark.filterwarnings("error:Mean of empty slice", "error:invalid value")
-@pytest.mark.parametrize("pairing, M, N", SINGLE)
+@pytest.mark.parametrize("pairing, M, N", [("one-to-many", 1, 3), ("one-to-one", 1, 1), ("LoRA", 1, 1)])
 def test_pictures_of_single_experts(pairing, M, N, toy):
     config = peft.LoraConfig(r=2, target_modules="all-linear")
     if pairing != "LoRA":
-        config = our_config(pairing, num_down_experts=M, num_up_experts=N, target_modules="all-linear")
-    model = fill(peft.get_peft_model(load_base("toy")[0], config), std=0.05).eval()
+        config = our_config(pairing, num_down_experts=M, num_up_experts=N)
+    model = fill(peft.get_peft_model(load_base("toy")[0], config), std=0.05).eval().to(torch.bfloat16)
     (tokenizer, rows), found = toy, analysis.layer_similarity(model)
     routing = analysis.routing_by_task(model, tokenizer, rows)
-    ablated = analysis.ablate(model, tokenizer, rows, analysis.task_means(routing, list(rows)))
     figures = {
         "similarity": analysis.draw_similarity({"a": found, "b": found}),
-        "heatmaps": analysis.draw_heatmap(found),
         "routers": analysis.draw_routers(routing, list(rows)),
-        "coactivation": analysis.draw_coactivation(routing),
-        "ablations": analysis.draw_ablations(ablated),
+        "ablations": analysis.draw_ablations(analysis.ablate(model, tokenizer, rows, routing)),
     }
-    drawn = {name for name, figure in figures.items() if figure}
-    several = {"similarity", "heatmaps", "routers"} if max(M, N) > 1 else set()
-    assert drawn == several | ({"ablations"} if pairing != "LoRA" else set())
-    assert (analysis.token_map(model, toy[0], "what color is it")["shown"] is not None) == (max(M, N) > 1)
+    several = {"similarity", "routers"} if N > 1 else set()
+    assert {n for n, figure in figures.items() if figure} == several | ({"ablations"} if pairing != "LoRA" else set())
+    assert (analysis.mean_similarity(found, "up") > 0) == (N > 1)
 
 
-def cut_off(figure):
-    "Titles, labels, legends and other texts of a figure that do not lie on it as a whole."
-    figure.set_dpi(110)  # as it is saved
-    FigureCanvasAgg(figure).draw()
-    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
-    for ax in figure.axes:
-        texts += [ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
-        texts += ax.get_legend().get_texts() if ax.get_legend() else []
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
-    width, height = figure.bbox.x1 + 1, figure.bbox.y1 + 1
-    return [text for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width or box.y1 > height]
+def test_pictures_of_a_run_lie_in_its_folder_and_one_that_fails_is_left_out(tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(ROOT / "nbs/results/demo", tmp_path / "run")
 
-
-def test_pictures_of_a_run_lie_in_its_folder_and_in_its_report(tmp_path, monkeypatch):
-    run, figures, save = shutil.copytree(ROOT / "nbs/results/demo", tmp_path / "run"), {}, analysis.save_picture
-
-    def keep(figure, folder, name):
-        figures[name] = figure
-        return save(figure, folder, name)
-
-    monkeypatch.setattr(analysis, "save_picture", keep)
-    before, after = (json.loads((run / f"{name}.json").read_text()) for name in ("before", "evaluation-choice"))
-    monkeypatch.setattr(analysis, "ABLATION_ROWS", 1)
-    drawn = analysis.draw(run, before, after)
-    names = {"loss", "accuracy", "similarity", "overlap", "heatmaps", "routers", "coactivation", "ablations"}
-    assert {path.stem for path in drawn} == names
-    assert {name: cut for name, figure in figures.items() if (cut := cut_off(figure))} == {}
-    text = evaluate.report(run)
-    assert all(f"](plots/{path.name})" in text and path.with_suffix(".svg").is_file() for path in drawn)
-    assert "](plots/tokens.html)" in text
-
-
-def test_a_picture_that_fails_is_left_out_and_the_rest_is_drawn(tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise ValueError("max() arg is an empty sequence")
 
-    monkeypatch.setattr(analysis, "draw_heatmap", broken)
-    monkeypatch.setattr(analysis, "token_map", broken)
-    drawn = analysis.draw(shutil.copytree(ROOT / "nbs/results/demo", tmp_path / "run"))
+    before, after = (json.loads((run / f"{name}.json").read_text()) for name in ("before", "evaluation-choice"))
+    monkeypatch.setattr(analysis, "_ABLATION_ROWS", 1)
+    monkeypatch.setattr(analysis, "_ROUTING_ROWS", 2)
+    monkeypatch.setattr(analysis, "draw_similarity", broken)
+    drawn = analysis.draw(run, before, after)
+    assert [path.stem for path in drawn] == ["loss", "accuracy", "routers", "ablations"]
+    text = evaluate.report(run)
+    assert all(f"](plots/{path.name})" in text and path.with_suffix(".svg").is_file() for path in drawn)
     told = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
-    assert {path.stem for path in drawn} == {"loss", "similarity", "overlap", "routers", "coactivation"}
-    assert [line[:40] for line in told] == [
-        "picture heatmaps failed and is left out,",
-        "page of a text failed and is left out, t",
-    ]
-
-
-def test_a_base_that_flattens_from_the_command(tmp_path, capsys):
-    "Trained, monitored, graded, drawn and exported."
-    base, run = tmp_path / "base", tmp_path / "run"
-    tiny_opt().save_pretrained(base)
-    load_base("toy")[1].save_pretrained(base)
-    words = [f"base={base}", "training.max_steps=2", "training.logging_steps=1", "data.tasks=[piqa,boolq]"]
-    assert main(["train", "demo", *words, "training.disable_tqdm=true", "--output", str(run)]) == 0
-    assert main(["evaluate", str(run), "--limit", "4", "--ask", "what color?"]) == 0
-    assert main(["export", str(run), str(tmp_path / "lora"), "--rows", "4", "--limit", "2"]) == 0
-    printed = capsys.readouterr()
-    assert "failed" not in printed.err and "| token" in printed.out and "alarms_dead" in read_metrics(run)[-1]
-    assert {"routers", "coactivation"} <= {path.stem for path in (run / "plots").glob("*.png")}
-    assert (run / "plots/tokens.html").is_file() and (tmp_path / "lora/adapter_config.json").is_file()
+    assert len(told) == 1 and told[0].startswith("picture similarity failed and is left out,")

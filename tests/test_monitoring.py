@@ -9,7 +9,7 @@ import torch
 import transformers
 from datasets import Dataset
 from helpers import adapted, fill, our_config, tiny_llama
-from test_analysis import BASES, TEXTS, matrices, model_of
+from test_analysis import TEXTS, matrices, model_of
 
 from d2mora import analysis
 from d2mora.analysis import Monitor
@@ -18,11 +18,11 @@ from d2mora.scoring import padded
 from d2mora.train import read_metrics, train
 
 SHORT = {
-    "training.max_steps": 12,
+    "training.max_steps": 8,
     "training.logging_steps": 2,
     "training.disable_tqdm": True,
     "training.save_strategy": "steps",
-    "training.save_steps": 6,
+    "training.save_steps": 4,
     "data.tasks": ["piqa"],
     "adapter.target_modules": ["q_proj", "v_proj"],
     "adapter.orthogonality_weight": 0.0,
@@ -38,18 +38,11 @@ def route(model, change):
     layer.d2mora_router_down["default"].register_forward_hook(lambda router, args, weights: change(weights))
 
 
-def zero(model):
-    for name, p in model.named_parameters():
-        if "d2mora_A" in name or "d2mora_B" in name:
-            p.zero_()
-
-
 PLANTED = [
     (lambda model: None, {}),
     (duplicate, {"duplicates": ["B1 = B8 in block 1 k_proj"]}),
     (partial(route, change=lambda w: 0.01 * w + 0.99 * torch.eye(3)[2]), {"collapsed": ["A3 in block 1 k_proj"]}),
     (partial(route, change=lambda w: w * torch.tensor([1, 1, 0.01])), {"dead": ["A3 in block 1 k_proj"]}),
-    (zero, {"vanished": ["grad_norm_B"]}),
 ]
 
 
@@ -58,10 +51,7 @@ def test_a_planted_fault_is_found_and_no_other(plant, expected):
     model = fill(adapted(), std=0.05)
     with torch.no_grad():
         plant(model)
-    ids = torch.tensor([TEXTS[0]])
-    model(input_ids=ids, labels=ids).loss.backward()
-    norms = {name: float(norm) for name, norm in analysis.gradient_norms(model).items()}
-    found = analysis.find_faults(model, TEXTS, norms)
+    found = analysis.find_faults(model, TEXTS)
     assert {kind: own for kind, own in found.items() if own} == expected
 
 
@@ -69,38 +59,26 @@ def test_a_fresh_adapter_is_healthy():
     assert not any(analysis.find_faults(peft.get_peft_model(tiny_llama(), our_config()), TEXTS).values())
 
 
-@pytest.fixture(scope="module")
-def monitored(tmp_path_factory):
-    "A run without the orthogonality loss, whose B's stay copies, with checkpoints."
-    recipe = load_recipe("demo", SHORT)
-    return recipe, train(recipe, tmp_path_factory.mktemp("monitored") / "run", [Monitor()])
-
-
-def test_a_monitored_run_ends_with_the_same_weights_and_logs_more(monitored, tmp_path, capsys):
-    recipe, run = monitored
-    plain = train(recipe, tmp_path / "plain")
-    adapter = "adapter/adapter_model.safetensors"
+def test_a_monitored_run_ends_with_the_same_weights_and_logs_the_same_when_resumed(tmp_path):
+    recipe, adapter = load_recipe("demo", SHORT), "adapter/adapter_model.safetensors"
+    run, plain = train(recipe, tmp_path / "run", [Monitor()]), train(recipe, tmp_path / "plain")
     assert (plain / adapter).read_bytes() == (run / adapter).read_bytes()
     lines = [line for line in read_metrics(run) if "loss" in line]
     assert all({"grad_norm_A", "grad_norm_B", "grad_norm_routers", "alarms_dead"} <= line.keys() for line in lines)
-    assert lines[-1]["alarms_duplicates"] > 0 and lines[-1]["alarms_collapsed"] == 0 == lines[-1]["alarms_vanished"]
+    assert lines[-1]["alarms_duplicates"] > 0 == lines[-1]["alarms_collapsed"]  # without the loss the B's stay copies
     parts = sum(lines[-1][f"grad_norm_{part}"] ** 2 for part in ("A", "B", "routers"))
     assert parts**0.5 == pytest.approx(lines[-1]["grad_norm"], rel=1e-4)
     added = lambda key: key.startswith(("grad_norm_", "alarms_"))
-    assert [{k: v for k, v in line.items() if not added(k)} for line in read_metrics(run)] == read_metrics(plain)
+    logged = read_metrics(run)
+    assert [{k: v for k, v in line.items() if not added(k)} for line in logged] == read_metrics(plain)
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-8")
+    train(recipe, run, [Monitor()], resume=True)
+    assert read_metrics(run) == logged
 
 
-def test_a_resumed_run_logs_the_same(monitored, tmp_path):
-    recipe, run = monitored
-    again = shutil.copytree(run, tmp_path / "run")
-    shutil.rmtree(again / "adapter")
-    shutil.rmtree(again / "checkpoints" / "checkpoint-12")
-    train(recipe, again, [Monitor()], resume=True)
-    assert read_metrics(again) == read_metrics(run)
-
-
-def test_a_lora_run_is_monitored_too(tmp_path):
-    recipe = load_recipe("demo", {"training.max_steps": 2, "training.logging_steps": 1, "training.disable_tqdm": True})
+def test_a_lora_run_is_monitored_and_drawn_too(tmp_path):
+    recipe = load_recipe("demo", {"training.max_steps": 1, "training.logging_steps": 1, "training.disable_tqdm": True})
     recipe.adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
     run = train(recipe, tmp_path / "run", [Monitor()])
     assert {"grad_norm_A", "grad_norm_B"} <= read_metrics(run)[0].keys() and "alarms" not in str(read_metrics(run))
@@ -123,32 +101,23 @@ def trained(model, folder):
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_unusual_models_are_monitored(name, tmp_path, capsys):
-    lines = trained(model_of(name), tmp_path)
-    assert len(lines) == 3 and all({"alarms_dead", "grad_norm_A"} <= line.keys() for line in lines)
-    assert "monitoring" not in capsys.readouterr().err
-
-
-def test_a_fault_that_stays_is_reported_once(tmp_path, capsys):
-    model = model_of("flattened")
+@pytest.mark.parametrize("name", ["flattened", "sparse"])
+def test_a_fault_of_an_unusual_model_that_stays_is_reported_once(name, tmp_path, capsys):
+    model = model_of(name)
     with torch.no_grad():
         matrices(model)[0][1] = matrices(model)[0][0]
-    trained(model, tmp_path)
-    told = [line for line in capsys.readouterr().err.splitlines() if "B1 = B2" in line]
+    lines = trained(model, tmp_path)
+    assert len(lines) == 3 and all({"alarms_dead", "grad_norm_A"} <= line.keys() for line in lines)
+    told = [line for line in capsys.readouterr().err.splitlines() if "monitoring" in line or "B1 = B2" in line]
     assert told == ["step 2: duplicates: B1 = B2 in block 0 q_proj"]
 
 
-FAILING = [("find_faults", "grad_norm_A"), ("gradient_norms", "alarms_dead"), ("_sample_rows", "alarms_dead")]
-
-
-@pytest.mark.parametrize("part, left", FAILING)
-def test_monitoring_that_fails_is_told_once_and_ends_no_run(part, left, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("part", ["find_faults", "gradient_norms", "_sample_rows"])
+def test_monitoring_that_fails_is_told_once_and_ends_no_run(part, tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise IndexError("The shape of the mask\n does not fit")
 
     monkeypatch.setattr(analysis, part, broken)
-    lines = trained(model_of("flattened"), tmp_path)
+    assert len(trained(model_of("flattened"), tmp_path)) == 3
     told = [line for line in capsys.readouterr().err.splitlines() if "monitoring" in line]
-    assert len(lines) == 3 and all(left in line for line in lines)
     assert len(told) == 1 and "IndexError: The shape of the mask" in told[0] and "the run goes on" in told[0]
