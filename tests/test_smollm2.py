@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from d2mora import compare
 from d2mora.data import read_task
 from d2mora.recipe import base_folder, load_recipe
 from d2mora.tasks import TASKS
@@ -42,73 +43,41 @@ def data(tmp_path_factory, shared):
     return folder
 
 
-@pytest.fixture(scope="module")
-def arguments(data, shared, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    places = f"--base {shared}/models/stories260K --data {data} --results {folder}/results --output {folder}/runs"
-    choice = "--formats cloze --methods lora,d2mora --seeds 0 --learning-rates 1e-3"
-    return folder, f"{places} {choice} --limit 3 --validation-rows 30 --workers 1".split()
+@pytest.fixture
+def words(data, shared, tmp_path):
+    "A study of a step a run: one format, two methods, one seed."
+    places = f"--base {shared}/models/stories260K --data {data} --results {tmp_path} --output {tmp_path}/runs"
+    choice = "--formats cloze --methods lora,d2mora --seeds 0 --share 4 --limit 2 --validation-rows 30 --workers 1"
+    return f"{places} {choice}".split()
 
 
-def results(folder):
-    return {p.stem: json.loads(p.read_text()) for p in (folder / "results").glob("*.json")}
-
-
-def test_the_study_runs_and_goes_on_where_it_stopped(study, arguments, capsys):
-    folder, words = arguments
-    study.main([*words, "--methods", "lora"])
-    first = results(folder)
-    assert set(first) == {"frozen", "cloze-lora-rate-0.001-seed-0-share-1"}
+def test_the_study_is_a_comparison_with_rates_of_its_own(study, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "_held_out_loss", lambda recipe, folder: abs(recipe.training["learning_rate"] - 2e-3))
     study.main(words)
-    both = results(folder)
-    assert set(both) == {"frozen", *(f"cloze-{m}-rate-0.001-seed-0-share-1" for m in ("lora", "d2mora"))}
-    assert all(both[name] == first[name] for name in first), "a finished job was done again"
-    for name, result in both.items():
-        assert {"device", "dtype", "versions", "marks"} <= set(result)
+    result = json.loads((tmp_path / "smollm2-cloze-share-4.json").read_text())
+    tried = {"0.0005", "0.001", "0.002", "0.004"}
+    assert {m: set(losses) for m, losses in result["learning_rates"].items()} == {"lora": tried, "d2mora": tried}
+    for kept in (*result["runs"], result["frozen"]):
         for protocol in ("choice", "content"):
-            tasks = result["grades"][protocol]["tasks"]
-            bits = {task: f"{int(own['right'], 16):b}"[1:] for task, own in tasks.items()}
-            assert set(tasks) == {*TASKS} and all(own["n"] == 3 == len(bits[task]) for task, own in tasks.items())
-            assert all(bits[task].count("1") == round(3 * own["accuracy"]) for task, own in tasks.items())
-        if name != "frozen":
-            assert {"tokens_per_second", "peak_memory_bytes", "steps", "adapter"} <= set(result)
-            assert "hellaswag" not in result["held_out"]
-    assert both["cloze-lora-rate-0.001-seed-0-share-1"]["adapter"]["peft_type"] == "LORA"
-    rows = study.table(both, "content")
-    assert [row["method"] for row in rows] == ["frozen base", "d2mora", "lora"]
-    pair = study.compared(both, "content", "cloze", "d2mora", "lora", 1)["all rows"]
-    assert pair["n"] == 24 and 0 <= pair["p"] <= 1
-    capsys.readouterr()
-    study.main([*words, "--table"])
-    assert "frozen base" in capsys.readouterr().out
-
-
-def test_when_the_time_is_up_nothing_is_begun(study, arguments, tmp_path):
-    places = ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "runs")]
-    study.main([*arguments[1], *places, "--minutes", "0"])
-    assert list(tmp_path.rglob("*.json")) == []
-
-
-def test_results_of_another_base_or_of_other_data_are_left_alone(study, arguments, tmp_path):
-    text = json.dumps({"job": {"method": "frozen"}, "marks": {"base": "another", "data": "other"}})
-    (tmp_path / "frozen.json").write_text(text)
-    with pytest.raises(ValueError, match="another base and other data.*--results"):
-        study.main([*arguments[1], "--results", str(tmp_path)])
-    assert (tmp_path / "frozen.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
+            tasks = kept["grades"][protocol]["tasks"]
+            assert set(tasks) == {*TASKS} - {"hellaswag"} and all(own["n"] == 2 for own in tasks.values())
+    assert {a["lora_alpha"] for a in result["methods"].values()} == {16} and result["training"]["max_steps"] == 1
+    assert "p (Holm)" in capsys.readouterr().out and (tmp_path / "runs/cloze-share-4/equal/d2mora/seed-0").is_dir()
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "wrong, said",
     [
         (["--base", "nowhere"], "make smollm2"),
-        (["--formats", "clozes"], "labels, cloze"),
-        (["--methods", "hydra"], "one-to-many"),
-        (["--data", "nowhere"], "no folder of a task"),
+        (["--formats", "clozes"], "did you mean 'cloze'"),
+        (["--methods", "hydra"], "unknown method 'hydra'"),
+        (["--data", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_begins(study, arguments, words, said):
+def test_what_cannot_run_is_refused_before_it_begins(study, words, tmp_path, wrong, said):
     with pytest.raises(ValueError, match=said):
-        study.main([*arguments[1], *words])
+        study.main([*words, *wrong])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "somebody/SmolLM2-135M-Instruct-GGUF", "folder"])
