@@ -422,16 +422,16 @@ def generation_summary(results):
 # --- part 4: jobs of the study --------------------------------------------------------------------------------------------------------
 
 
-def study_command(job, seconds):
-    "What is called: both formats, LoRA and D2MoRA, two rates; a trial only asks for the table."
+def study_command(job):
+    "What is called: texts as answers, LoRA and D2MoRA, two rates, a sixteenth of an epoch; a trial only asks for help."
     program = [sys.executable, str(ROOT / "benchmarks" / "smollm2.py"), "--data", str(job.shared / "data")]
-    program += ["--formats", "cloze,labels", "--methods", "lora,d2mora", "--seeds", "0", "--learning-rates", "1e-3,2e-3", "--minutes", f"{seconds / 60:.1f}"]
-    return [*program, "--table"] if job.facts["trial"] else program
+    program += ["--formats", "cloze", "--methods", "lora,d2mora", "--seeds", "0", "--learning-rates", "1e-3,2e-3", "--share", "16", "--limit", "500"]
+    return [*program, "--help"] if job.facts["trial"] else program
 
 
 def study(job, seconds):
     seconds -= 20  # to come to an end
-    command, lacking = study_command(job, seconds), absent(EXTRAS["study"])
+    command, lacking = study_command(job), absent(EXTRAS["study"])
     reasons = {f"{', '.join(lacking)} not installed: {WHEELS}": lacking, "no time is left": seconds < 10, f"{command[1]} is not there": not Path(command[1]).is_file()}
     if why := next((reason for reason, holds in reasons.items() if holds), None):
         return {"skipped": why}

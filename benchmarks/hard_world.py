@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -24,26 +25,13 @@ import datasets
 import torch
 import transformers
 
-from d2mora.compare import (
-    METHODS,
-    at_edge,
-    best_rate,
-    compare,
-    comparison_report,
-    last_fifth,
-    one_job,
-    varied,
-    with_curve,
-)
+from d2mora.compare import METHODS, at_edge, best_rate, compare, comparison_report, last_fifth, one_job, varied
+from d2mora.compare import with_curve
 from d2mora.recipe import Recipe, load_recipe
 from d2mora.utils import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = {
-    "equal": "hard-world",
-    "paper": "hard-world-paper",
-    "loss": "hard-world-loss",
-}  # part of the study: its result file
+RESULTS = {"equal": "hard-world", "paper": "hard-world-paper", "loss": "hard-world-loss"}  # the file of each part
 WEIGHTS = (0.0, 1e-6, 1e-5, 1e-4)  # of the orthogonality loss
 
 
@@ -55,22 +43,36 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
+@contextmanager
+def side_by_side(workers: int):
+    "A `map` whose calls run in so many processes, one thread each, or in this one."
+    quiet()
+    if workers == 1:
+        yield map
+    else:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        with ProcessPoolExecutor(workers, get_context("spawn"), quiet) as pool:
+            yield partial(pool.map, chunksize=1)
+
+
+def listed(kind=str):
+    "A type of argument: values with commas between them."
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def called(program: str, argv) -> str:
+    "The command of a result file."
+    return f"python benchmarks/{program}.py " + " ".join(sys.argv[1:] if argv is None else argv)
+
+
 def with_weights(recipe: Recipe, equal: dict, args, each) -> dict:
     "D2MoRA at the rate of d2mora-no-loss, with each weight and seed."
     rate = best_rate(equal["learning_rates"]["d2mora-no-loss"])
-    jobs = [
-        (
-            varied(
-                with_curve(recipe), recipe.adapter | {"orthogonality_weight": weight}, learning_rate=rate, seed=seed
-            ),
-            args.runs / "loss" / f"weight-{weight:g}" / f"seed-{seed}",
-            f"weight {weight:g}",
-            ("choice",),
-            args.limit,
-            False,
-        )
-        for seed, weight in product(args.seeds, WEIGHTS)
-    ]
+    curved, jobs = varied(with_curve(recipe), learning_rate=rate), []
+    for seed, weight in product(args.seeds, WEIGHTS):
+        folder = args.runs / "loss" / f"weight-{weight:g}" / f"seed-{seed}"
+        one = varied(curved, recipe.adapter | {"orthogonality_weight": weight}, seed=seed)
+        jobs.append((one, folder, f"weight {weight:g}", ("choice",), args.limit, False))
     keys = ("base", "data", "limit", "training", "hashes", "versions")
     return {k: equal[k] for k in keys} | {"learning_rate": rate, "runs": list(each(one_job, *zip(*jobs)))}
 
@@ -79,23 +81,14 @@ def write(part: str, result: dict, args) -> None:
     "Write a result file, and say where a rate lies at an edge or a run was too short."
     write_text(args.output / f"{RESULTS[part]}.json", json.dumps(result | {"command": args.command}, indent=1) + "\n")
     edges = [method for method, losses in result.get("learning_rates", {}).items() if at_edge(losses)]
-    short = sorted({run["method"] for run in result["runs"] if last_fifth(run["curve"]) > 0.01})
+    falling = sorted({run["method"] for run in result["runs"] if last_fifth(run["curve"]) > 0.01})
     print(f"{part}: rates at an edge: {', '.join(edges) or 'none'}", file=sys.stderr)
-    print(
-        f"{part}: held-out loss still falling by over 1 % in the last fifth: {', '.join(short) or 'none'}",
-        file=sys.stderr,
-    )
+    print(f"{part}: loss still falling by over 1 % in the last fifth: {', '.join(falling) or 'none'}", file=sys.stderr)
 
 
 def study(recipe: Recipe, args, each) -> None:
     "The parts that were asked for; the weights of the loss need the rates of the first part."
-    common = {
-        "methods": tuple(args.methods),
-        "seeds": args.seeds,
-        "limit": args.limit,
-        "scaling": args.scaling,
-        "each": each,
-    }
+    common = {"methods": args.methods, "seeds": args.seeds, "limit": args.limit, "each": each}
     for budget in ("equal", "paper"):
         if budget in args.parts:
             result = compare(recipe, args.runs, budget=budget, **common)
@@ -112,35 +105,26 @@ def main(argv=None) -> None:
     "Command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def listed(kind):
-        return lambda text: [kind(part) for part in text.split(",")]
-
     parser.add_argument("overrides", nargs="*", help="section.key=value: values of the recipe demo-hard")
-    parser.add_argument("--parts", type=listed(str), default=list(RESULTS), help=", ".join(RESULTS))
-    parser.add_argument("--methods", type=listed(str), default=list(METHODS))
+    parser.add_argument("--parts", type=listed(), default=list(RESULTS), help=", ".join(RESULTS))
+    parser.add_argument("--methods", type=listed(), default=list(METHODS))
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2, 3, 4])
-    parser.add_argument("--scaling", default="alpha", help="alpha: one lora_alpha for all; ratio: one lora_alpha / r")
     parser.add_argument("--limit", type=int, help="test rows a task; default: all")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/hard-world")
     parser.add_argument("--output", type=Path, default=ROOT / "nbs/results")
     args = parser.parse_args(argv)
-    args.command = "python benchmarks/hard_world.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    args.command = called("hard_world", argv)
     if unknown := set(args.parts) - set(RESULTS):
         raise ValueError(f"--parts {', '.join(unknown)}: choose among {', '.join(RESULTS)}")
     args.output.mkdir(parents=True, exist_ok=True)
     started, recipe = time.monotonic(), load_recipe("demo-hard", ["training.disable_tqdm=true", *args.overrides])
-    quiet()
-    if args.workers == 1:
-        study(recipe, args, map)
-    else:
-        with ProcessPoolExecutor(args.workers, get_context("spawn"), quiet) as pool:
-            study(recipe, args, partial(pool.map, chunksize=1))
+    with side_by_side(args.workers) as each:
+        study(recipe, args, each)
     print(f"{(time.monotonic() - started) / 60:.1f} minutes in this call", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers
     try:
         main()
     except ValueError as error:
