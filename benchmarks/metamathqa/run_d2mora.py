@@ -29,4 +29,4 @@ def attach():
 if __name__ == "__main__":
     sys.path.insert(0, ".")
     attach()
-    runpy.run_path("run.py", run_name="__main__")
+    ran = runpy.run_path("run.py", run_name="__main__")
