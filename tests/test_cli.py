@@ -72,7 +72,7 @@ def test_what_a_library_warns_of_reaches_the_user():
         "data.tasks=[boolq]",
         "adapter.target_modules=[lm_head]",
     ]
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True, action="always") as seen:
         assert main(["train", "demo", *words, "--dry-run"]) == 0
         (warned,) = {str(w.message) for w in seen if "tie_word_embeddings" in str(w.message)}
         assert not any(issubclass(w.category, (DeprecationWarning, FutureWarning)) for w in seen)
