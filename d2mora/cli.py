@@ -251,23 +251,21 @@ def demo(overrides, output, resume):
     recipe = load_recipe(begun) if resume and not overrides and begun.is_file() else load_recipe("demo", overrides)
     click.echo(run(recipe, folder, resume=resume))
 
-# %% ../nbs/f_command.ipynb #0ebf7357
+# %% ../nbs/f_command.ipynb #07a23b4b
 @app.command(short_help="Train and grade several methods with several seeds.")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[base=NAME] [section.key=value ...]")
-@click.option(
-    "--methods", default="lora,dora,one-to-one,one-to-many,d2mora-no-loss,d2mora", type=Listed(), show_default=True
-)
+@click.option("--methods", type=Listed(), help="Comma-separated; default: all.")
 @click.option("--seeds", default="0,1,2,3,4", type=Listed(int), show_default=True)
 @click.option("--budget", default="equal", show_default=True, help="equal (parameters) or paper (its proportions).")
 @click.option(
-    "--learning-rates", type=Listed(float), help="To choose from; default: the recipe's, a third, three times."
+    "--learning-rates",
+    type=Listed(float),
+    help="To choose from; default: searched by halving and doubling from the recipe's rate.",
 )
 @click.option("--protocols", default="choice", type=Listed(), show_default=True)
 @click.option("--limit", type=int, help="Grade only the first rows of each task.")
-@click.option(
-    "--single-task", "single", is_flag=True, help="Also one adapter a task; writes comparison-BUDGET-single.*."
-)
+@click.option("--single-task", "single", is_flag=True, help="Also one adapter a task: comparison-BUDGET-single.*.")
 @click.option("--output", type=FOLDER, required=True, help="Folder for all runs; a comparison in it goes on.")
 def compare(recipe, overrides, output, **options):
     """Compare methods at the size of RECIPE's D2MoRA: each chooses its learning rate on training
@@ -280,8 +278,8 @@ def compare(recipe, overrides, output, **options):
     from d2mora.compare import compare, comparison_report
     from d2mora.recipe import load_recipe
 
-    rates = options.pop("learning_rates") or ()
-    result = compare(load_recipe(recipe, overrides), output, learning_rates=rates, **options)
+    given = {name: value for name, value in options.items() if value is not None}
+    result = compare(load_recipe(recipe, overrides), output, **given)
     click.echo(comparison_report(result))
     click.echo(f"\nwritten: {output / ('comparison-' + result['budget'])}.json, .md, .png, .svg; the runs beside them")
 

@@ -22,7 +22,7 @@ from d2mora.export import calibrate, constant_map, distill, divergences, encoded
 from d2mora.export import static_lora
 from d2mora.recipe import load_base
 from d2mora.toy import toy_base, toy_rows
-from helpers import PAIRS, adapted, difference, fill, our_config, tiny_llama, tokens
+from helpers import PAIRS, adapted, difference, fill, our_config, tokens
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "nbs/results/demo"
@@ -81,27 +81,13 @@ def test_fitted_map_is_the_best_there_is(pairing):
 
 def test_distillation_comes_closer_and_trains_the_lora_only():
     model, tokenizer, config = load_target(DEMO)
-    train = [row for task in SMALL["tasks"] for row in encoded_rows(tokenizer, config, task, "train", 32)]
+    train = [row for task in SMALL["tasks"] for row in encoded_rows(tokenizer, config, task, "train", 16)]
     static = static_lora(model, calibrate(model, train), "fitted", 3)
     before = divergences(model, static, train, tokenizer)
     frozen = {name: p.clone() for name, p in static.named_parameters() if "lora_" not in name}
-    losses = distill(model, static, train, tokenizer, steps=12, learning_rate=3e-3)
-    assert divergences(model, static, train, tokenizer)["text"] < 0.7 * before["text"] and len(losses) == 12
+    losses = distill(model, static, train, tokenizer, steps=8, learning_rate=3e-3, size=16)
+    assert divergences(model, static, train, tokenizer)["text"] < 0.7 * before["text"] and len(losses) == 8
     assert all(torch.equal(p, frozen[name]) for name, p in static.named_parameters() if name in frozen)
-
-
-def test_modules_to_save_go_along(tmp_path):
-    model, head = adapted(modules_to_save=["lm_head"]), "base_model.model.lm_head"
-    with torch.no_grad():
-        model.get_submodule(head).modules_to_save["default"].weight.add_(1)
-    static = static_lora(model, calibrate(model, rows()), "mean")
-    static.save_pretrained(tmp_path / "lora")
-    loaded, ids = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval(), tokens()
-    saved = lambda m: m.get_submodule(head).modules_to_save["default"].weight
-    assert torch.equal(saved(static), saved(model)) and torch.equal(saved(loaded), saved(model))
-    assert torch.equal(static.get_submodule(head).original_module.weight, tiny_llama().lm_head.weight)
-    with torch.no_grad():
-        assert difference(loaded(ids).logits, static(ids).logits) < 1e-5
 
 
 WITHOUT_D2MORA = """
@@ -118,17 +104,14 @@ torch.testing.assert_close(merged, known["expected"], rtol=1e-3, atol=1e-3)
 
 
 def test_an_export_needs_no_d2mora_and_merges_to_the_same(tmp_path):
-    "In a process where d2mora cannot be imported the LoRA loads, gives the same logits, and merges; so does --merge."
+    "In a process where d2mora cannot be imported the LoRA loads, gives the same logits, and merges."
     found = export(DEMO, tmp_path / "lora", rank=3, form="fitted", **SMALL)
-    export(DEMO, tmp_path / "model", rank=3, form="fitted", merge=True, **SMALL)
-    whole, plain, ids = base(tmp_path / "model"), base(), tokens()
+    plain, ids = base(), tokens()
     with torch.no_grad():
         before = plain(ids).logits
         expected = peft.PeftModel.from_pretrained(plain, tmp_path / "lora").eval()(ids).logits
-        assert difference(before, expected) > 1e-2 and difference(whole(ids).logits, expected) < 1e-3
+        assert difference(before, expected) > 1e-2
     assert found[""]["taken"] == "fitted"
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model")("is it so").input_ids
-    assert "library_name: transformers" in (tmp_path / "model/README.md").read_text()
     torch.save({"ids": ids, "expected": expected}, tmp_path / "expected.pt")
     subprocess.run([sys.executable, "-c", WITHOUT_D2MORA], cwd=tmp_path, check=True, timeout=300)
 
@@ -156,24 +139,25 @@ def expected_lora(adapter, tasks):
 
 
 TIED = {  # what is adapted on a base with tied embeddings, its precision, and how it is exported
-    "lm_head": (dict(target_modules=["lm_head"]), ("merged", "per task")),
-    "lm_head and others": (dict(target_modules=["lm_head", "q_proj"]), ("merged",)),
-    "lm_head saved whole": (dict(modules_to_save=["lm_head"]), ("merged",)),
-    "embeddings saved whole": (dict(modules_to_save=["embed_tokens"]), ("merged", "per task")),
-    "bf16": (dict(target_modules=["lm_head", "down_proj"], dtype=torch.bfloat16), ("merged", "LoRA")),
+    "lm_head and others": (dict(target_modules=["lm_head", "q_proj"]), "merged"),
+    "lm_head saved whole": (dict(modules_to_save=["lm_head"]), "merged"),
+    "embeddings saved whole": (dict(modules_to_save=["embed_tokens"]), "per task"),
+    "bf16": (dict(target_modules=["lm_head", "down_proj"], dtype=torch.bfloat16), "LoRA"),
 }
 
 
-@pytest.mark.parametrize("what, how", [(what, how) for what, (_, hows) in TIED.items() for how in hows])
-def test_the_card_says_what_lies_on_the_disk(what, how, tmp_path):
+@pytest.mark.parametrize("what", TIED)
+def test_the_card_says_what_lies_on_the_disk(what, tmp_path):
     "An export is graded from its folder as anybody would grade it: the same figures, and the embeddings as they were."
-    folder, adapter = tied_adapter(tmp_path, **TIED[what][0])
+    fields, how = TIED[what]
+    folder, adapter = tied_adapter(tmp_path, **fields)
     settings = dict(data="toy", form="fitted", merge=how != "LoRA", per_task=how == "per task")
     for task, one in export(adapter, tmp_path / "out", **settings, **SMALL).items():
         place, tasks = tmp_path / "out" / task, [task] if task else SMALL["tasks"]
         graded = evaluate(place, data="toy", tasks=tasks, limit=SMALL["limit"], progress=False)["tasks"]
         written = json.loads((place / "export.json").read_text())["costs"]["fitted"]["tasks"]
         assert {t: own["accuracy"] for t, own in graded.items()} == {t: own["accuracy"] for t, own in written.items()}
+        assert f"library_name: {'peft' if how == 'LoRA' else 'transformers'}" in (place / "README.md").read_text()
         whole, tokenizer, _ = load_target(place)
         ids = tokenizer(rows_to_grade("toy", ["piqa"], 1)["piqa"][0]["instruction"], return_tensors="pt").input_ids
         with torch.no_grad():
@@ -193,13 +177,12 @@ def test_command_writes_one_for_each_task_and_says_what_it_costs(tmp_path, capsy
         assert set(written["costs"]) == {"mean", "fitted", "distilled"}
         assert written["rank"] == 3 and written["base"] == "toy" and f"out/{task}" in out
         assert (tmp_path / "out" / task / "adapter_model.safetensors").is_file()
-    for word in ("agreement", "95 % interval", "divergence", "take ", "routed", "chance"):
-        assert word in out
+    assert all(word in out for word in ("agreement", "95 % interval", "divergence", "take ", "routed"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path):
-    failing = patch.object(import_module("d2mora.export"), "write_static", side_effect=OSError("disk full"))
+    failing = patch.object(import_module("d2mora.export"), "_write_static", side_effect=OSError("disk full"))
     with failing, pytest.raises(OSError):
         export(DEMO, tmp_path / "out", rank=3, **SMALL)
     assert not list(tmp_path.iterdir())
@@ -207,21 +190,15 @@ def test_nothing_is_left_when_writing_fails(tmp_path):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    "Folders that cannot be exported."
+    "Folders that cannot be exported; what is mistyped is in test_bad_input.py."
     folder = tmp_path_factory.mktemp("others")
-    lora = peft.LoraConfig(target_modules=["q_proj"])
-    for kind, config in {
-        "lora": lora,
-        "ia3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
-    }.items():
-        peft.get_peft_model(base(), config).save_pretrained(folder / kind)
-    (folder / "empty").mkdir()
+    peft.get_peft_model(base(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "lora")
+    ia3 = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    peft.get_peft_model(base(), ia3).save_pretrained(folder / "ia3")
     quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    unknown = {"model_type": "no-such-model", "architectures": ["NoSuch"]}
-    for name, change in {"quantized": quantized, "unknown": unknown}.items():
-        shutil.copytree(toy_base(), folder / name)
-        config = json.loads((folder / name / "config.json").read_text())
-        (folder / name / "config.json").write_text(json.dumps(config | change))
+    shutil.copytree(toy_base(), folder / "quantized")
+    config = json.loads((folder / "quantized/config.json").read_text())
+    (folder / "quantized/config.json").write_text(json.dumps(config | quantized))
     (folder / "some/boolq").mkdir(parents=True)
     for split in ("train", "test"):
         (folder / f"some/boolq/{split}.json").write_text(json.dumps(toy_rows("toy", "boolq", split, 8)))
@@ -235,50 +212,20 @@ def others(tmp_path_factory):
 BAD = {  # words behind `d2mora export` -> what the line must name; {o}: others, {d}: the demo, {x}: what would be written
     "{o}/lora {x}": "LORA",
     "{o}/ia3 {x}": "IA3",
-    "{o}/empty {x}": "no adapter",
-    "{o}/nowhere {x}": "no adapter",
-    "{d} {o}": "exists",
-    "{d} {x} --rank 10": "1 to 9",
-    "{d} {x} --rank 0": "rank=0",
-    "{d} {x} --rows 0": "rows=0",
-    "{d} {x} --form fited": "did you mean 'fitted'",
-    "{d} {x} --form distilled": "--distill",
-    "{d} {x} --distill -1": "distill=-1",
-    "{d} {x} --tasks copa": "unknown task",
     "{o}/run {x} --tasks piqa": "not trained on piqa",
     "{d} {x} --data {o}/some": "files here: boolq",
     "{d} {x} --base {o}/quantized --merge": "quantized",
-    "{d} {x} --base {o}/unknown": "no-such-model",
     "{d}/adapter {x}": "data.path",
 }
 
 
-def refused(capsys, tmp_path, *words):
-    "The one line that a command says; nothing is written."
-    status = main(["export", *words])
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(words, others, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("D2MORA_DATA", raising=False)
+    status = main(["export", *words.format(o=others, d=DEMO, x=tmp_path / "x").split()])
     out, err = capsys.readouterr()
     assert (status, out, err.strip().count("\n")) == (2, "", 0) and not list(tmp_path.iterdir()), (out, err)
-    return err
-
-
-@pytest.mark.parametrize("words", BAD)
-def test_bad_input_is_one_line(words, others, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("D2MORA_DATA", raising=False)
-    assert BAD[words] in refused(capsys, tmp_path, *words.format(o=others, d=DEMO, x=tmp_path / "x").split())
-
-
-def test_bitsandbytes_missing_is_one_line(others, tmp_path, capsys, monkeypatch):
-    "A base that was saved quantized, on a machine without bitsandbytes."
-    from transformers.quantizers import quantizer_bnb_4bit
-
-    missing = lambda *args: False
-    monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", missing, raising=False)
-    monkeypatch.setattr("transformers.utils.import_utils.is_bitsandbytes_available", missing)
-    hidden = dict.fromkeys([name for name in sys.modules if name.split(".")[0] == "bitsandbytes"])
-    with patch.dict(sys.modules, hidden):
-        assert "bitsandbytes" in refused(
-            capsys, tmp_path, str(DEMO), str(tmp_path / "x"), "--base", f"{others}/quantized"
-        )
+    assert BAD[words] in err
 
 
 def test_server_answers_as_the_model_does_in_python(tmp_path, monkeypatch):
