@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from colab import CELL, FETCH, REPO
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PROC, HERE = ROOT / "nbs", ROOT / "_proc", Path(__file__).parent
-REPO, COLAB = "https://github.com/d2mora/d2mora", "https://colab.research.google.com/github/d2mora/d2mora"
-FETCH = f"# what this notebook imports, and what stands beside it\n!git clone -q --depth 1 {REPO}\n%pip install -q ./d2mora\n%cd d2mora/nbs"
 REFERENCES = re.compile(
     r"(?i)unable to resolve|unresolved|duplicate .*(?:label|identifier|crossref)|citeproc: citation"
 )
@@ -101,15 +101,26 @@ def describe_pictures(
             cell.source = f"#| fig-alt: {caption[1]}\n{cell.source}"
 
 
+def fold_code(
+    nb: dict,  # a notebook
+) -> None:
+    "Fold the code of plots, and exported functions of more than 25 lines; shorter ones are shown open and can be folded."
+    for cell in nb.cells:
+        if cell.cell_type != "code":
+            continue
+        if cell.source.count("\n") > 25:
+            cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")
+        plotted = any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
+        if plotted and "#| code-fold" not in cell.source and "#| echo" not in cell.source:
+            cell.source = f'#| code-fold: true\n#| code-summary: "Code of the plot"\n{cell.source}'
+
+
 def page_links(
     name: str,  # notebook
     module: str,  # its module, or ""
 ) -> str:  # markdown
     "The line under a page's title."
-    links = [
-        f"[Open in Colab]({COLAB}/blob/main/nbs/{name}) ([begin so](index.ipynb#install))",
-        f'<a href="notebooks/{name}" download>Download the notebook</a>',
-    ]
+    links = [f'<a href="notebooks/{name}" download>Download the notebook</a>']
     if module:
         links.append(f"[API](api_{module}.qmd)")
     return f"::: {{.page-links}}\n{' · '.join([*links, f'[Edit this page]({REPO}/edit/main/nbs/{name})'])}\n:::"
@@ -146,6 +157,7 @@ def process_notebook(
     ]
     NBProcessor(nb=nb, procs=steps).process()
     describe_pictures(nb)
+    fold_code(nb)
     front = next(i for i, c in enumerate(nb.cells) if c.cell_type == "raw")
     nb.cells.insert(front + 1, mk_cell(page_links(path.name, module), "markdown"))
     write_nb(nb, proc / path.name)
@@ -165,8 +177,8 @@ def portable(
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\((images/[^)]+)\)", rf"]({site}/\1)", cell.source)
             cell.source = re.sub(r"\]\((?:\d+[a-z]?_)?(\w+)\.ipynb(#[\w-]+)?\)", rf"]({site}/\1.html\2)", cell.source)
-    if module_of(nb):
-        nb.cells.insert(1, nbformat.v4.new_code_cell(FETCH, id="install0"))
+        elif cell.source == CELL:
+            cell.source = FETCH.replace("/content/", "")
     nbformat.write(nb, copy)
 
 

@@ -1,6 +1,7 @@
 """The stand-in for Quarto: the same processed pages rendered by pandoc, which Quarto itself is built on. Small on purpose."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -159,6 +160,7 @@ def render_page(
         "card": f"{site['site-url']}/{site['image']}",
         "url": f"{site['site-url']}/{front['output-file']}",
         "favicon": site["favicon"],
+        "twin": f"{Path(front['output-file']).stem}.llms.md",
     }
     command = [
         pypandoc.get_pandoc_path(),
@@ -186,12 +188,55 @@ def render_page(
 
 
 def relink(
-    page: str,  # HTML
+    page: str,  # HTML, or Markdown with `before` set to `](`
     pages: dict,  # file name -> (front matter, markdown)
-) -> str:  # HTML
+    before: str = 'href="',  # what stands before a target
+    ending: str = ".html",  # of the files to link to
+) -> str:  # the same with other targets
     "Links to sources of pages become links to the pages."
-    files = {name: front["output-file"] for name, (front, _) in pages.items()}
-    return re.sub(r'href="([\w.-]+\.(?:ipynb|qmd))', lambda m: f'href="{files.get(m[1], m[1])}', page)
+    files = {name: Path(front["output-file"]).stem + ending for name, (front, _) in pages.items()}
+    return re.sub(re.escape(before) + r"([\w.-]+\.(?:ipynb|qmd))", lambda m: before + files.get(m[1], m[1]), page)
+
+
+def write_twin(
+    name: str,  # file name of a page
+    pages: dict,  # file name -> (front matter, markdown)
+    out: Path,  # folder of the site
+) -> None:
+    "The page as plain Markdown, PAGE.llms.md, as Quarto's `llms-txt` makes it; a plot is its description."
+    import pypandoc
+
+    front, text = pages[name]
+    text = re.sub(
+        r"!\[([^\n]*)\]\(data:[^)]*\)", r"[Picture: \1]", re.sub(r"`{3,} \{=html\}\n.*?\n`{3,}", "", text, flags=re.S)
+    )
+    command = [pypandoc.get_pandoc_path(), "-f", READER, "-t", "gfm-raw_html", "--wrap=none"]
+    body = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=True).stdout
+    page = f"# {front['title']}\n\n> {front.get('description') or front['title']}\n\n{relink(body, pages, '](', '.llms.md')}"
+    (out / f"{Path(front['output-file']).stem}.llms.md").write_text(page, encoding="utf-8")
+
+
+def write_indices(
+    pages: dict,  # file name -> (front matter, markdown)
+    project: dict,  # the project file
+    out: Path,  # folder of the site, its pages written
+) -> None:
+    "llms.txt, the list of the Markdown pages; and search.js, what the search field looks through: the sections of all pages."
+    site, lines, found = project["website"], [], []
+    for name, (front, _) in pages.items():
+        file, title = front["output-file"], front["title"]
+        lines.append(f"- [{title}]({site['site-url']}/{Path(file).stem}.llms.md)")
+        page = (out / file).read_text(encoding="utf-8").partition("<header>")[2].partition('<nav class="turn"')[0]
+        first, *rest = re.split(r'<h[23][^>]* id="([^"]+)"[^>]*>(.*?)</h[23]>', page, flags=re.S)
+        for anchor, heading, text in [("", "", first), *zip(rest[::3], rest[1::3], rest[2::3])]:
+            plain = [
+                " ".join(html.unescape(re.sub(r"<script.*?</script>|<[^>]+>", " ", t, flags=re.S)).split())
+                for t in (heading, text)
+            ]
+            found.append([file + ("#" + anchor if anchor else ""), title, *plain])
+    text = f"# {site['title']}\n\n> {site['description']}\n\n## Pages\n\n" + "\n".join(lines) + "\n"
+    (out / "llms.txt").write_text(text, encoding="utf-8")
+    (out / "search.js").write_text(f"window.SECTIONS = {json.dumps(found, ensure_ascii=False)}\n", encoding="utf-8")
 
 
 def render(
@@ -205,6 +250,9 @@ def render(
     out.mkdir(parents=True)
     for folder in ("images", "notebooks"):
         shutil.copytree(proc / folder, out / folder)
-    shutil.copy(HERE / "standin.css", out / "standin.css")
+    for file in ("standin.css", "standin.js"):
+        shutil.copy(HERE / file, out / file)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: render_page(name, pages, project, out), pages))
+        list(pool.map(lambda name: write_twin(name, pages, out), pages))
+    write_indices(pages, project, out)
