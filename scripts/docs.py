@@ -104,15 +104,16 @@ def describe_pictures(
 def fold_code(
     nb: dict,  # a notebook
 ) -> None:
-    "Fold the code of plots, and exported functions of more than 25 lines; shorter ones are shown open and can be folded."
+    "Fold the code of plots, long code of tables, and exported functions of more than 25 lines; shorter ones are open."
     for cell in nb.cells:
         if cell.cell_type != "code":
             continue
-        if cell.source.count("\n") > 25:
+        lines, shown = cell.source.count("\n"), {kind for o in cell.get("outputs", []) for kind in o.get("data", {})}
+        if lines > 25:
             cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")
-        plotted = any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
-        if plotted and "#| code-fold" not in cell.source and "#| echo" not in cell.source:
-            cell.source = f'#| code-fold: true\n#| code-summary: "Code of the plot"\n{cell.source}'
+        what = "plot" if "image/png" in shown else "table" if "text/markdown" in shown and lines > 12 else ""
+        if what and not re.search(r"^#\| ?(code-fold|echo)", cell.source, re.M):
+            cell.source = f'#| code-fold: true\n#| code-summary: "Code of the {what}"\n{cell.source}'
 
 
 def page_links(

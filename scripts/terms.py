@@ -9,7 +9,7 @@ import nbformat
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 OUTSIDE = ("glossary",)  # notebooks that are not checked
 # words that mean something else as often; they are linked by hand where the term is meant
-EVERYDAY = {"chance", "lean", "merge", "scaling", "flattened", "symbols", "task", "token", "expert", "step"}
+EVERYDAY = {"chance", "merge", "symbols", "token", "expert"}
 MASKED = re.compile(
     r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$|!\[[^\]]*\]\([^)]*\)|\[[^\]]*\]\([^)]*\)|^#.*$|^\|.*$|^:::.*$|<[^>]*>|https?://\S+",
     re.S | re.M,
