@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from colab import CELL, FETCH, REPO
 
@@ -367,6 +368,8 @@ def build(
 ) -> None:
     "Process, render, check."
     sys.path.insert(0, str(HERE))
+    sys.modules["d2mora"] = package = ModuleType("d2mora")  # nbdev imports our index of names: without torch
+    package.__path__ = [str(ROOT / "d2mora")]
     program = renderer()
     import site_check
     import standin
