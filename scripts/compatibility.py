@@ -16,7 +16,9 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {"lowest": ["-c", "constraints-lowest.txt"], "newest": ["--upgrade", "--upgrade-strategy", "eager"]}
-TESTS = [f"tests/test_{name}.py" for name in ("golden", "peft", "tasks", "numerics", "safe_loading", "train", "evaluate")]
+TESTS = [
+    f"tests/test_{name}.py" for name in ("golden", "peft", "tasks", "numerics", "safe_loading", "train", "evaluate")
+]
 RESULT = ROOT / "benchmarks" / "results" / "compatibility.json"
 ASK = "import json, platform; from importlib.metadata import version as v; print(json.dumps({'python': platform.python_version()} | {n: v(n) for n in %r.split()}))"
 NAMES = "torch transformers peft accelerate datasets huggingface_hub safetensors numpy click pydantic pyyaml"
