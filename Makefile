@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 test: export HF_HUB_OFFLINE = 1
 .DEFAULT_GOAL := help
-.PHONY: help install test roundtrip lab lab-check notebooks docs readme dist drawings demo bench smollm2 gpu
+.PHONY: help install test roundtrip lab lab-check notebooks docs browser-check readme dist drawings demo bench smollm2 gpu
 
 help:                                        ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +40,9 @@ notebooks: install                           ## run every notebook again (or NB=
 
 docs: install                                ## the book as a site in _docs/, links checked
 	$(BIN)/python scripts/docs.py
+
+browser-check: install                       ## _docs/ in Chromium: nothing is too wide, the sidebar fits, the sliders work
+	$(BIN)/python scripts/browser_check.py
 
 readme: install                              ## README.md from nbs/index.ipynb
 	$(BIN)/python scripts/readme.py

@@ -40,3 +40,15 @@ def show(figure, dpi=80, colors=128):
         colors, Picture.Quantize.MAXCOVERAGE, kmeans=1, dither=Picture.Dither.NONE
     ).save(small := io.BytesIO(), format="png", optimize=True)
     return Image(small.getvalue())
+
+
+def show_tables(*texts):
+    "Print lines of text, but show Markdown tables as tables and headings in bold, on the site and in JupyterLab alike."
+    from IPython.display import Markdown, display
+
+    for part in re.findall(r"(?:^\|.*\n)+|(?:^(?!\|).*\n)+", "\n".join(texts) + "\n", re.M):
+        if part.startswith("|"):
+            display(Markdown(part))
+            continue
+        for line in filter(str.strip, part.splitlines()):
+            display(Markdown(f"**{line.lstrip('# ')}**")) if line.startswith("#") else print(line)

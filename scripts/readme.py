@@ -2,32 +2,44 @@
 
 usage: python scripts/readme.py [--check]     (--check: only say whether README.md is up to date)
 """
-import re, subprocess, sys
+
+import re
+import subprocess
+import sys
 from pathlib import Path
 
-import nbformat, pypandoc
+import nbformat
+import pypandoc
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def cell_markdown(cell: dict   # a notebook's cell
-                  ) -> str:    # markdown; empty for a hidden cell
+def cell_markdown(
+    cell: dict,  # a notebook's cell
+) -> str:  # markdown; empty for a hidden cell
     "Markdown as it is; code in a fence, its text outputs in another."
-    if cell.cell_type == "markdown": return cell.source
-    if cell.cell_type != "code" or re.search(r"^#\|\s*(hide|default_exp)\b", cell.source, re.M): return ""
+    if cell.cell_type == "markdown":
+        return cell.source
+    if cell.cell_type != "code" or re.search(r"^#\|\s*(hide|default_exp)\b", cell.source, re.M):
+        return ""
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
     parts = [f"```python\n{source}\n```"]
     for out in cell.outputs:
-        if out.output_type == "stream" and out.name == "stderr": continue
+        if out.output_type == "stream" and out.name == "stderr":
+            continue
         data = out.get("data", {})
-        if any(k.startswith("image/") for k in data): raise SystemExit("readme: index.ipynb has a picture among its outputs, which a README cannot show: put a drawing into a markdown cell")
+        if any(k.startswith("image/") for k in data):
+            raise SystemExit(
+                "readme: index.ipynb has a picture among its outputs, which a README cannot show: put a drawing into a markdown cell"
+            )
         text = out.get("text") or data.get("text/markdown") or data.get("text/plain", "")
         parts.append(text if "text/markdown" in data else f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(parts)
 
 
-def readme(index: Path  # index.ipynb
-           ) -> str:    # text of README.md
+def readme(
+    index: Path,  # index.ipynb
+) -> str:  # text of README.md
     "All cells through pandoc; links and pictures point into nbs/."
     text = "\n\n".join(filter(None, map(cell_markdown, nbformat.read(index, 4).cells)))
     command = [pypandoc.get_pandoc_path(), "-f", "gfm", "-t", "gfm", "--wrap=preserve"]
@@ -39,8 +51,11 @@ def readme(index: Path  # index.ipynb
 def main():
     "Write, or compare and say what to do."
     path, text = ROOT / "README.md", readme(ROOT / "nbs" / "index.ipynb")
-    if "--check" not in sys.argv: path.write_text(text, encoding="utf-8")
-    elif not path.exists() or path.read_text(encoding="utf-8") != text: raise SystemExit("readme: README.md is not what nbs/index.ipynb gives: run make readme")
+    if "--check" not in sys.argv:
+        path.write_text(text, encoding="utf-8")
+    elif not path.exists() or path.read_text(encoding="utf-8") != text:
+        raise SystemExit("readme: README.md is not what nbs/index.ipynb gives: run make readme")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

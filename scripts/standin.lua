@@ -72,4 +72,10 @@ local function pictured(image)  -- Quarto's fig-alt
   end
 end
 
-return {{Image = pictured, Div = function(div) return callout(div) or fold(div) or captioned(div) end, Para = equation, Figure = labelled, Table = labelled}, {Cite = reference}}
+local function language(block)  -- pandoc seeks names that it does not know in all its syntaxes, for a second on each page
+  local class = block.classes[1]
+  if class == "sh" then block.classes[1] = "bash" elseif class == "text" then block.classes:remove(1) end
+  return block
+end
+
+return {{Image = pictured, CodeBlock = language, Div = function(div) return callout(div) or fold(div) or captioned(div) end, Para = equation, Figure = labelled, Table = labelled}, {Cite = reference}}

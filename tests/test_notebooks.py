@@ -20,6 +20,7 @@ ORDER = (
     "train scoring evaluate analysis compare plan export cli"
 ).split()
 SOLUTION = '#| code-fold: true\n#| code-summary: "Solution"\n'
+FORMATTED = ["nbs", "tests", "scripts"]
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
@@ -66,8 +67,9 @@ def test_round_trip_sees_a_hand_edit_and_an_orphan(scripts, tmp_path):
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_chapters_end_with_exercises_whose_solutions_check_themselves(path):
+def test_chapters_say_how_long_they_run_and_end_with_exercises_that_check_themselves(path):
     cells = nbformat.read(path, 4).cells
+    assert re.search(r"\*Runs in about \d+ s on two cores", "\n".join(c.source for c in cells[:6]))
     begin = next(i for i, c in enumerate(cells) if "## Exercises" in c.source)
     asked = re.findall(r"^\*\*\d\.\*\*", "\n".join(c.source for c in cells[begin:] if c.cell_type == "markdown"), re.M)
     solved = [c for c in cells[begin:] if c.source.startswith(SOLUTION)]
@@ -77,16 +79,11 @@ def test_chapters_end_with_exercises_whose_solutions_check_themselves(path):
         assert cell.metadata["jupyter"]["source_hidden"], "a solution that JupyterLab shows unasked"
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_chapters_say_how_long_they_run(path):
-    begin = "\n".join(c.source for c in nbformat.read(path, 4).cells[:4])
-    assert re.search(r"\*Runs in about \d+ s on two cores", begin)
-
-
 @each_notebook
-def test_first_uses_of_terms_link_to_the_glossary(scripts, path):
-    terms = scripts("terms")
-    assert path.stem in terms.OUTSIDE or terms.check(path) == []
+def test_terms_link_to_the_glossary_and_colab_is_prepared(scripts, path):
+    terms, colab = scripts("terms"), scripts("colab")
+    assert path.stem in terms.OUTSIDE or terms.check(path) == [], "run scripts/terms.py --mend"
+    assert not colab.mended(nbformat.read(path, 4), path.name), "run scripts/colab.py --mend"
 
 
 def test_a_term_without_link_is_noticed_and_mended(scripts, tmp_path):
@@ -129,6 +126,20 @@ def test_readme_check_sees_a_change(scripts, monkeypatch, tmp_path):
         readme.main()
 
 
+def test_the_colab_cell_acts_in_colab_only(scripts, monkeypatch):
+    from execnb.shell import CaptureShell
+
+    colab, ran = scripts("colab"), []
+    shell = CaptureShell()
+    shell.system = lambda line: ran.append(line)
+    shell.run_line_magic = lambda name, line, *_: ran.append(f"{name} {line}")
+    shell.run_cell(colab.CELL)
+    assert ran == []
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    shell.run_cell(colab.CELL)
+    assert [line.split()[0] for line in ran] == ["test", "pip", "cd"] and colab.REPO in ran[0]
+
+
 def write_notebook(path, *cells):
     "Code cells, each with its stored text."
     stored = lambda text: [nbformat.v4.new_output("stream", text=text)] if text else []
@@ -137,24 +148,21 @@ def write_notebook(path, *cells):
     return path
 
 
-def test_running_again_shows_what_changed(scripts, tmp_path, capsys):
+def test_running_again_shows_what_changed_and_leaves_a_failing_notebook(scripts, tmp_path, capsys):
     path = write_notebook(tmp_path / "a.ipynb", ("print(1 + 1)", "3\n"), ("#| slow\nprint('kept')", "measured\n"))
     assert scripts("notebooks").run_and_say(path)
     out = capsys.readouterr().out
     assert "a.ipynb" in out and "    -3" in out and "    +2" in out
     assert [c.outputs[0].text for c in nbformat.read(path, 4).cells] == ["2\n", "measured\n"]
-
-
-def test_running_a_failing_notebook_again_leaves_it(scripts, tmp_path, capsys):
-    path = write_notebook(tmp_path / "a.ipynb", ("print(1)", "0\n"), ("raise KeyError('lost')", ""))
+    path = write_notebook(tmp_path / "b.ipynb", ("print(1)", "0\n"), ("raise KeyError('lost')", ""))
     before = path.read_bytes()
     assert not scripts("notebooks").run_and_say(path)
-    assert "a.ipynb fails: KeyError: 'lost'" in capsys.readouterr().err and path.read_bytes() == before
+    assert "b.ipynb fails: KeyError: 'lost'" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_types_and_style():
-    "mypy on the package, ruff on notebooks and tests."
+    "mypy on the package, ruff on what is written by hand."
     pytest.importorskip("mypy")
-    for command in (["mypy"], ["ruff", "format", "--check", "nbs", "tests"], ["ruff", "check", "nbs", "tests"]):
+    for command in (["mypy"], ["ruff", "format", "--check", *FORMATTED], ["ruff", "check", *FORMATTED]):
         run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stdout[-3000:]
