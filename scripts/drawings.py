@@ -698,7 +698,7 @@ def step():
     )
     yield (
         arrow((375, 95), (412, 95))
-        + box(490, 95, 150, 54, "language-model loss\non graded tokens", "plain", 12)
+        + box(490, 95, 150, 54, "language-model loss\non target tokens", "plain", 12)
         + arrow((565, 95), (602, 95))
     )
     yield box(690, 95, 170, 54, "backward: gradients\nof the adapters only", "plain", 12)
@@ -1044,6 +1044,39 @@ def neighbours():
         bars(692, 326, (0.4, 0.25, 0.35), scale=48)
         + text(692, 350, "the mean", 12, "router")
         + text(642, 390, "row 1's output now depends on row 2", 12, "loss")
+    )
+
+
+@drawing(
+    "13_analysis",
+    "Three views of a trained adapter",
+    "Three panels. One: pairs of B's are compared by the cosine of their matrices. Two: router weights of two tasks, side by side. "
+    "Three: one B is taken out of the mix, and the same rows are graded again.",
+    860,
+    230,
+)
+def analysis():
+    for k, title in enumerate(("are the experts copies?", "what do the routers do?", "is an expert missed?")):
+        yield panel(15 + 280 * k, 15, 270, 200, title)
+    for x, y, name in ((70, 80, "B_1"), (70, 170, "B_2"), (230, 125, "B_3")):
+        yield matrix(x, y, 60, 18, 40, name, "B", 13)
+    for (a, b), (x, y), cosine in (
+        (((70, 104), (70, 146)), (102, 125), "0.96"),
+        (((102, 86), (198, 114)), (155, 86), "0.03"),
+        (((102, 164), (198, 136)), (155, 166), "0.05"),
+    ):
+        yield arrow(a, b, kind="loss", head=False) + text(x, y, cosine, 13, "loss")
+    for x, task, weights in ((365, "task 1", (0.9, 0.2, 0.1)), (495, "task 2", (0.15, 0.3, 0.75))):
+        yield bars(x, 165, weights, w=22, scale=90) + text(x, 190, task, 13)
+    for y, name, kind in ((75, "B_1", "B"), (125, "B_2", "frozen"), (175, "B_3", "B")):
+        yield matrix(640, y, 60, 18, 40, name, kind, 13) + arrow(
+            (670, y), (727, 125), kind=kind, dash=kind == "frozen", head=kind == "B"
+        )
+    yield (
+        plus(740, 125, "Σ")
+        + arrow((752, 125), (776, 125))
+        + text(808, 125, "answer\nright or\nwrong?", 12)
+        + text(698, 190, "weight 0 for B_2", 12, "router", "start")
     )
 
 
