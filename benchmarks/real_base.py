@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from d2mora.data import _plain as plain, read_task
+from d2mora.data import plain, read_task
 from d2mora.scoring import content_pairs
 from d2mora.train import D2MoraTrainer, Stopper, last_checkpoint, listening
 from d2mora.train import ProgressBar
