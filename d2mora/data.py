@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'home', 'DataConfig', 'data_path', 'row_problem', 'read_file', 'column', 'task_file', 'find_file',
-           'read_task', 'read_rows', 'survey', 'shorten_prompt', 'encode', 'Collator', 'check_tokenizer',
+           'read_task', 'read_rows', 'plain', 'survey', 'shorten_prompt', 'encode', 'Collator', 'check_tokenizer',
            'collator_for', 'encode_rows', 'Prepared', 'prepare', 'counts_table', 'pack', 'check_packing', 'ByLength',
            'sampling_arguments', 'epoch_batches', 'computed_tokens', 'logits_at_targets']
 
@@ -285,7 +285,7 @@ PUBLISHED = {  # training rows of Commonsense-170K
 }  # fmt: skip
 
 
-def _plain(text):
+def plain(text: str) -> str:
     "A question without its spacing and capitals."
     return " ".join(str(text).split()).casefold()
 
@@ -297,7 +297,7 @@ def _tested(path, task):
     else:
         file = task_file(Path(path), task, "test") if path else None
         rows = read_file(file, task) if file else []
-    return {_plain(row["instruction"]) for row in rows}
+    return {plain(row["instruction"]) for row in rows}
 
 
 def survey(
@@ -309,7 +309,7 @@ def survey(
     if path and Path(path).is_file():
         published["openbookqa"] = sum(PUBLISHED[task] for task in _INSEPARABLE)
     table = rows.select_columns(["task", "instruction", "answer"]).to_pandas()
-    table["instruction"] = table["instruction"].map(_plain)
+    table["instruction"] = table["instruction"].map(plain)
     counts = {}
     for task, own in table.groupby("task", sort=False):
         counts[task] = {"rows": len(own), "published": published.get(task, 0)}
