@@ -21,7 +21,7 @@ from hard_world import called, listed, side_by_side
 from real_study import graded_base
 
 from d2mora.compare import METHODS, compare, comparison_report, varied
-from d2mora.data import find_file, json_rows
+from d2mora.data import find_file, read_file
 from d2mora.recipe import Recipe, load_recipe
 from d2mora.utils import nearest, write_text
 
@@ -35,7 +35,7 @@ def recipe_of(style: str, args) -> Recipe:
     where = {"base": str(args.base), "data.path": str(args.data), "data.validation_rows": args.validation_rows}
     recipe = load_recipe(FORMATS[style], where)
     training = recipe.training
-    rows = sum(len(json_rows(find_file(args.data, task, "train"))) for task in recipe.data.tasks)
+    rows = sum(len(read_file(find_file(args.data, task, "train"))) for task in recipe.data.tasks)
     step = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     steps = max(1, (rows - args.validation_rows) // step // args.share)
     changes = {"max_steps": steps, "warmup_steps": max(1, steps // 30), "save_steps": 50, "eval_strategy": "no"}

@@ -164,7 +164,7 @@ def best_rate(
     losses: Mapping[str, float | None],  # from `choose_rate`
 ) -> float:
     "The learning rate of the least loss."
-    return float(min(losses, key=lambda rate: math.inf if losses[rate] is None else losses[rate]))
+    return float(min(losses, key=lambda rate: math.inf if (loss := losses[rate]) is None else loss))
 
 
 def at_edge(
@@ -323,7 +323,7 @@ def one_run(
         found = evaluate(folder, protocol=protocol, tasks=tasks, limit=limit, progress=False)  # rows are graded once
         by_task = {task: {k: own[k] for k in keys} for task, own in found["tasks"].items()}
         grades[protocol] = {"average": found["average"], "tasks": by_task}
-    experts = layer_similarity(as_model(folder)) if recipe.adapter["peft_type"] == "D2MORA" else {}
+    experts = layer_similarity(as_model(folder)) if recipe.adapter["peft_type"] == "D2MORA" else []
     similar = {side: mean_similarity(experts, side) for side in ("down", "up")} if experts else {}
     return {
         "seed": recipe.training["seed"],

@@ -36,7 +36,8 @@ from .data import DataConfig, data_path, find_file, read_task, shorten_prompt, t
 from .recipe import embeddings, load_base, load_recipe, load_tokenizer, max_positions
 from .scoring import NEW_TOKENS, PROTOCOLS, generation_settings, grade_batches, grading_order
 from .scoring import out_of_memory, row_hash, write
-from .tasks import PROMPT_STYLES, TASKS, evaluating, evaluation_prompt, find_task, row_answers, task_table
+from .tasks import PROMPT_STYLES, TASKS, checked_name, evaluating, evaluation_prompt, find_task, row_answers
+from .tasks import task_table
 from .toy import TOY_WORLDS
 from .train import validation_losses, write_card
 from .tuner import mixture, watch_layers
