@@ -27,7 +27,7 @@ import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from d2mora.compare import adapter_of, best_rate, equal_size, next_rates, varied
+from d2mora.compare import adapters_at, best_rate, next_rates, varied
 from d2mora.data import collator_for, data_path, prepare, read_rows
 from d2mora.evaluate import test_rows
 from d2mora.orthogonality import active_experts, attach_orthogonality, expert_layers, pairwise_cosine
@@ -66,7 +66,9 @@ def distinct_up(model):
         A, B = layer.experts("default")
         drawn = torch.randn_like(B)
         drawn -= drawn.mean(0)
-        B.copy_(drawn * (A.flatten(1).norm(dim=1).mean() / drawn.flatten(1).norm(dim=1).mean() / 10))  # a tenth of A's norm
+        B.copy_(
+            drawn * (A.flatten(1).norm(dim=1).mean() / drawn.flatten(1).norm(dim=1).mean() / 10)
+        )  # a tenth of A's norm
         layer.d2mora_router_up["default"].weight.zero_()
 
 
@@ -84,7 +86,9 @@ def svd_down(model):
     "The leading right singular vectors of the frozen weight, dealt out to the A's, with the norm that they had."
     for layer in layers(model):
         A, _ = layer.experts("default")
-        rows = torch.linalg.svd(layer.get_base_layer().weight.float(), full_matrices=False).Vh[: A.shape[0] * A.shape[1]]
+        rows = torch.linalg.svd(layer.get_base_layer().weight.float(), full_matrices=False).Vh[
+            : A.shape[0] * A.shape[1]
+        ]
         A.copy_(rows.reshape(A.shape[1], A.shape[0], -1).transpose(0, 1) * A.norm() / rows.norm())
 
 
@@ -105,7 +109,9 @@ def weight_waits(weight, model, over):
         config = layer.adapter_config["default"]
         large = B.flatten(1).norm(dim=1).mean() > 0.1 * A.flatten(1).norm(dim=1).mean()
         if config.orthogonality_weight != weight * large:
-            layer.adapter_config["default"] = type(config)(**own_fields(config) | {"orthogonality_weight": weight * float(large)})
+            layer.adapter_config["default"] = type(config)(
+                **own_fields(config) | {"orthogonality_weight": weight * float(large)}
+            )
 
 
 def own_fields(config):
@@ -148,7 +154,9 @@ def changes(ours: dict, d_in: int) -> dict[str, Change]:
         "no-loss": Change("λ = 0", off),
         "scale-root-r": Change("lora_alpha / √r", {"lora_alpha": alpha * math.sqrt(r)}),
         "scale-goat": Change("scale √(3 d_in / r)", {"lora_alpha": math.sqrt(3 * d_in * r)}),
-        "scale-times-6": Change("lora_alpha times 6.3 (the ratio of LoRA's rank to ours)", {"lora_alpha": alpha * 19 / 3}),
+        "scale-times-6": Change(
+            "lora_alpha times 6.3 (the ratio of LoRA's rank to ours)", {"lora_alpha": alpha * 19 / 3}
+        ),
         "distinct-up": Change("B's differ and sum to zero; up-router zero", start=distinct_up),
         "orthogonal-down": Change("orthogonal A's", start=orthogonal_down),
         "svd-down": Change("A's from the singular vectors of W", start=svd_down),
@@ -229,7 +237,9 @@ def inside(model, batch, task_norm: float) -> dict[str, float]:
             if len(E) > 1:
                 pairs = pairwise_cosine(E).abs().triu(1).sum() / (len(E) * (len(E) - 1) / 2)
                 seen.setdefault(f"cosine {side}", []).append(float(pairs))
-        for E, weight in ((m, layer.adapter_config["default"].orthogonality_weight) for m in layer.active_experts()[0][:2]):
+        for E, weight in (
+            (m, layer.adapter_config["default"].orthogonality_weight) for m in layer.active_experts()[0][:2]
+        ):
             if weight > 0:
                 with torch.enable_grad():
                     similar = pairwise_cosine(E.stack()).triu(1).abs().sum()
@@ -282,8 +292,16 @@ def fit(recipe: Recipe, change: Change, rate: float, seed: int, steps: int, look
     model.eval()
     accuracy = {}
     for task, own in test_rows(data_path(recipe.data), recipe.data.tasks, None).items():
-        accuracy[task] = mean(float(g["right"]) for g in grade_rows(model, tokenizer, task, own, "choice", recipe.data.prompt))
-    return {"loss": curve[-1][1], "curve": curve, "accuracy": mean(accuracy.values()), "tasks": accuracy, "inside": figures}
+        accuracy[task] = mean(
+            float(g["right"]) for g in grade_rows(model, tokenizer, task, own, "choice", recipe.data.prompt)
+        )
+    return {
+        "loss": curve[-1][1],
+        "curve": curve,
+        "accuracy": mean(accuracy.values()),
+        "tasks": accuracy,
+        "inside": figures,
+    }
 
 
 # The study.
@@ -295,22 +313,30 @@ def job(args, name: str, rate: float, seed: int, looks: int = 0) -> dict:
     if path.is_file():
         return json.loads(path.read_text())
     recipe, change = prepared(args, name)
-    result = {"change": name, "rate": rate, "seed": seed, "steps": args.steps} | fit(recipe, change, rate, seed, args.steps, looks)
+    result = {"change": name, "rate": rate, "seed": seed, "steps": args.steps} | fit(
+        recipe, change, rate, seed, args.steps, looks
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result) + "\n")
-    print(f"{name}, rate {rate:g}, seed {seed}: loss {result['loss']}, accuracy {result.get('accuracy')}", file=sys.stderr, flush=True)
+    print(
+        f"{name}, rate {rate:g}, seed {seed}: loss {result['loss']}, accuracy {result.get('accuracy')}",
+        file=sys.stderr,
+        flush=True,
+    )
     return result
 
 
 def prepared(args, name: str) -> tuple[Recipe, Change]:
     "The recipe of a change or of plain LoRA."
     recipe = load_recipe(args.recipe, [f"data.validation_rows={HELD_OUT}", f"adapter.lora_alpha={args.lora_alpha}"])
-    if name == "lora":
-        return varied(recipe, equal_size(recipe, "lora")), Change("plain LoRA with as many parameters")
-    if name == "lora-same-rank":
-        return varied(recipe, adapter_of(recipe.adapter, "lora")), Change("plain LoRA with the rank of one expert")
-    if name in ("one-to-one", "one-to-many"):
-        return varied(recipe, equal_size(recipe, name)), Change(f"{name}, as many parameters, no loss")
+    about = {
+        "lora": "plain LoRA, as many parameters",
+        "lora-same-rank": "plain LoRA of the rank of one expert",
+        "one-to-one": "pairs, as many parameters, no loss",
+        "one-to-many": "one A, as many parameters, no loss",
+    }
+    if name in about:
+        return varied(recipe, adapters_at(recipe, methods=(name,))[name]), Change(about[name])
     known = changes(recipe.adapter, args.width)
     change = together(name.split("+"), known)
     return varied(recipe, recipe.adapter | change.adapter), change
@@ -351,7 +377,9 @@ def main(argv=None) -> None:
 
     names = ["lora", *changes({"r": 1, "lora_alpha": 1, "orthogonality_weight": 0.0}, 1)]
     parser.add_argument("--recipe", default="demo-hard")
-    parser.add_argument("--changes", type=listed(str), default=names, help="names, or several joined by +: " + ", ".join(names))
+    parser.add_argument(
+        "--changes", type=listed(str), default=names, help="names, or several joined by +: " + ", ".join(names)
+    )
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--start", type=float, default=3e-3, help="the learning rate where each search begins")
