@@ -77,7 +77,7 @@ def fields(
             default = given.get("default") or (
                 ast.Call(given["default_factory"], [], []) if "default_factory" in given else None
             )
-        elif isinstance(default, ast.Call) and unparsed(default.func) == "option":  # D2MoraConfig's: default, help
+        elif isinstance(default, ast.Call) and unparsed(default.func) == "_option":  # D2MoraConfig's: default, help
             default, said = default.args[0], ast.literal_eval(default.args[1])
         rows.append((item.target.id, type_of(item.annotation), unparsed(default), said))
     return rows
