@@ -909,7 +909,7 @@ def grading():
 @drawing(
     "12b_compare",
     "A comparison",
-    "One recipe is run with each method and each seed on the same data; each run is trained and graded; the table has mean and spread, and paired tests compare methods row by row.",
+    "One recipe is run with each method and each seed on the same data; each run is trained and graded; the table has mean and spread, and paired tests compare methods over seeds.",
     860,
     330,
 )

@@ -9,8 +9,8 @@ import torch
 SHARED = Path(os.environ.get("D2MORA_SHARED", Path(__file__).parents[2] / "shared")).resolve()
 
 
-SLOW = """test_site test_whole test_bad_input test_chaos test_resume test_package test_plan test_demo test_grading_resume
-test_distributed test_scoring test_analysis test_data test_train test_smollm2 test_real_study test_export""".split()
+SLOW = """test_gpu test_notebooks test_site test_whole test_resume test_bad_input test_main_job test_export test_distributed test_cli
+test_grading_resume test_peft test_package test_compare test_studies test_scoring test_chaos test_demo test_analysis test_plan test_data""".split()
 
 
 def pytest_collection_modifyitems(items):
