@@ -141,7 +141,7 @@ def _adapter_class(adapter: dict) -> type[peft.PeftConfig]:
 def _known(adapter: dict) -> dict[str, Any]:
     "The type of every key that a recipe can have, written section.key."
     owners = zip(_SECTIONS, (_adapter_class(adapter), DataConfig, TrainingArguments))
-    hints = {section: (owner, get_type_hints(owner)) for section, owner in owners}
+    hints: dict[str, tuple[Any, dict]] = {section: (owner, get_type_hints(owner)) for section, owner in owners}
     return {f"{s}.{f.name}": own[f.name] for s, (owner, own) in hints.items() for f in fields(owner) if f.init}
 
 
