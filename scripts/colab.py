@@ -12,7 +12,10 @@ NBS = Path(__file__).resolve().parents[1] / "nbs"
 REPO = "https://github.com/d2mora/d2mora"
 COLAB = "https://colab.research.google.com/github/d2mora/d2mora/blob/main/nbs"
 FETCH = f"!test -d /content/d2mora || git clone -q --depth 1 {REPO} /content/d2mora\n%pip install -q /content/d2mora\n%cd -q /content/d2mora/nbs"
-CELL = '#| hide\nimport sys\n\nif "google.colab" in sys.modules:\n    ' + FETCH.replace("\n", "\n    ")
+QUIET = 'warnings.filterwarnings("ignore", message="IProgress")  # tqdm, where ipywidgets is missing'
+CELL = f'#| hide\nimport sys\nimport warnings\n\n{QUIET}\nif "google.colab" in sys.modules:\n    ' + FETCH.replace(
+    "\n", "\n    "
+)
 
 
 def badge(
