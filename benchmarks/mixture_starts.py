@@ -9,28 +9,26 @@ A plain training loop of thirty lines, so that each change is a few lines that t
 """
 
 import argparse
+import copy
 import json
 import math
-import os
 import random
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
 import torch
 import transformers
-from peft.tuners.tuners_utils import BaseTunerLayer
+from hard_world import called, listed, side_by_side
 
-from d2mora.compare import adapters_at, best_rate, next_rates, varied
+from d2mora.compare import CHOOSING_SEEDS, adapters_at, best_rate, next_rates, output_change, varied
 from d2mora.data import collator_for, data_path, prepare, read_rows
 from d2mora.evaluate import test_rows
-from d2mora.orthogonality import active_experts, attach_orthogonality, expert_layers, pairwise_cosine
+from d2mora.orthogonality import active_experts, attach_orthogonality, expert_layers, pairwise_cosine, similarity
 from d2mora.recipe import Recipe, adapted_base, load_recipe
 from d2mora.routers import PAIRINGS, many_to_many
 from d2mora.scoring import grade_rows
@@ -39,8 +37,8 @@ from d2mora.tuner import D2MoraLinear, parameter_groups, record_routing
 from d2mora.utils import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-CHOOSING_SEEDS = (1000, 1001)
 HELD_OUT = 400  # rows
+LOOKS = 15  # times that the inside of a run is looked at, in its first 300 steps
 
 
 # The changes. Each may set fields of the adapter, change the fresh weights, act before an optimizer step, or set rates apart.
@@ -59,63 +57,61 @@ def layers(model):
     return [m for m in model.modules() if isinstance(m, D2MoraLinear)]
 
 
+def norm(E):
+    "Mean norm of a layer's experts (E, r, d)."
+    return E.flatten(1).norm(dim=1).mean()
+
+
 @torch.no_grad()
 def distinct_up(model):
-    "B's that differ and sum to zero, up-routers at zero: all weights are equal, so the output is the base's."
+    "B's that differ and sum to zero, a tenth of A's norm; up-routers at zero: all weights equal, so no output changes."
     for layer in layers(model):
         A, B = layer.experts("default")
         drawn = torch.randn_like(B)
         drawn -= drawn.mean(0)
-        B.copy_(
-            drawn * (A.flatten(1).norm(dim=1).mean() / drawn.flatten(1).norm(dim=1).mean() / 10)
-        )  # a tenth of A's norm
+        B.copy_(drawn * norm(A) / norm(drawn) / 10)
         layer.d2mora_router_up["default"].weight.zero_()
+
+
+def replace_down(A, rows):
+    "Deal rows of length 1, (M·r, d_in), out to the A's, with the norm that they had."
+    A.copy_(rows.reshape(A.shape[1], A.shape[0], -1).transpose(0, 1) * A.norm() / rows.norm())
 
 
 @torch.no_grad()
 def orthogonal_down(model):
-    "All rows of all A's orthogonal to each other, with the norm that they had."
+    "All rows of all A's orthogonal to each other."
     for layer in layers(model):
         A, _ = layer.experts("default")
-        rows = torch.linalg.qr(torch.randn(A.shape[-1], A.shape[0] * A.shape[1])).Q.T
-        A.copy_(rows.reshape(A.shape) * A.norm() / rows.norm())
+        replace_down(A, torch.linalg.qr(torch.randn(A.shape[-1], A.shape[0] * A.shape[1])).Q.T)
 
 
 @torch.no_grad()
 def svd_down(model):
-    "The leading right singular vectors of the frozen weight, dealt out to the A's, with the norm that they had."
+    "The leading right singular vectors of the frozen weight."
     for layer in layers(model):
         A, _ = layer.experts("default")
-        rows = torch.linalg.svd(layer.get_base_layer().weight.float(), full_matrices=False).Vh[
-            : A.shape[0] * A.shape[1]
-        ]
-        A.copy_(rows.reshape(A.shape[1], A.shape[0], -1).transpose(0, 1) * A.norm() / rows.norm())
+        right = torch.linalg.svd(layer.get_base_layer().weight.float(), full_matrices=False).Vh
+        replace_down(A, right[: A.shape[0] * A.shape[1]])
 
 
-def set_weight(model, weight):
-    for layer in layers(model):
-        layer.adapter_config["default"].orthogonality_weight = weight
+def set_weight(layer, weight):
+    "λ of one layer."
+    layer.adapter_config["default"] = copy.copy(layer.adapter_config["default"])
+    layer.adapter_config["default"].orthogonality_weight = weight
 
 
 def weight_rises(weight, model, over):
     "λ from zero to its value over the first half."
-    set_weight(model, weight * min(1.0, 2 * over))
+    for layer in layers(model):
+        set_weight(layer, weight * min(1.0, 2 * over))
 
 
 def weight_waits(weight, model, over):
     "λ only in layers whose B's have a tenth of the norm of their A's."
     for layer in layers(model):
         A, B = layer.experts("default")
-        config = layer.adapter_config["default"]
-        large = B.flatten(1).norm(dim=1).mean() > 0.1 * A.flatten(1).norm(dim=1).mean()
-        if config.orthogonality_weight != weight * large:
-            layer.adapter_config["default"] = type(config)(
-                **own_fields(config) | {"orthogonality_weight": weight * float(large)}
-            )
-
-
-def own_fields(config):
-    return {k: v for k, v in vars(config).items() if k in type(config).__dataclass_fields__ and k != "peft_type"}
+        set_weight(layer, weight * float(norm(B) > norm(A) / 10))
 
 
 def floored_loss(weight, model, over):
@@ -151,7 +147,7 @@ def changes(ours: dict, d_in: int) -> dict[str, Change]:
     off = {"orthogonality_weight": 0.0}
     return {
         "d2mora": Change("as published"),
-        "no-loss": Change("λ = 0", off),
+        "d2mora-no-loss": Change("λ = 0", off),
         "scale-root-r": Change("lora_alpha / √r", {"lora_alpha": alpha * math.sqrt(r)}),
         "scale-goat": Change("scale √(3 d_in / r)", {"lora_alpha": math.sqrt(3 * d_in * r)}),
         "scale-times-6": Change(
@@ -172,22 +168,14 @@ def changes(ours: dict, d_in: int) -> dict[str, Change]:
 
 def together(names: list[str], known: dict[str, Change]) -> Change:
     "Several changes at once."
-    parts = [known[name] for name in names]
-    adapter, rates = {}, {}
+    parts, whole = [known[name] for name in names], Change(" + ".join(names))
     for part in parts:
-        adapter |= part.adapter
-        rates |= part.rates
-    starts, steps = [p.start for p in parts if p.start], [p.before_step for p in parts if p.before_step]
-
-    def start(model):
-        for one in starts:
-            one(model)
-
-    def before_step(model, over):
-        for one in steps:
-            one(model, over)
-
-    return Change(" + ".join(names), adapter, start, before_step if steps else None, rates)
+        whole.adapter |= part.adapter
+        whole.rates |= part.rates
+    for what in ("start", "before_step"):
+        calls = [call for part in parts if (call := getattr(part, what))]
+        setattr(whole, what, (lambda *given, calls=calls: [call(*given) for call in calls]) if calls else None)
+    return whole
 
 
 # One run.
@@ -202,128 +190,125 @@ def held_out(model, batches) -> float:
     return total / tokens
 
 
-def inside(model, batch, task_norm: float) -> dict[str, float]:
-    "What a figure of the first steps shows: means over the adapted layers, for one batch; after backward, before the step."
-    seen: dict[str, list[float]] = {"output change": []}
-
-    def measure(layer, inputs, output):
-        base = layer.base_layer(*inputs)
-        seen["output change"].append(float((output - base).norm() / base.norm()))
-
-    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    handles = [layer.register_forward_hook(measure) for layer in adapted]
-    ours = layers(model)
-    with torch.no_grad():
-        if ours:
-            with record_routing(model) as record:
-                model(**batch)
-            for side in ("down", "up"):
-                weights = [w[side] for w in record.values() if side in w]
-                if weights:
-                    seen[f"entropy {side}"] = [
-                        float(-(w.clamp(min=1e-12).log() * w).sum(-1).mean() / math.log(w.shape[-1]))
-                        for w in weights
-                        if w.shape[-1] > 1
-                    ]
-        else:
-            model(**batch)
-    for handle in handles:
-        handle.remove()
-    loss_grads = []
-    for layer in ours:
-        A, B = layer.experts("default")
-        for side, E in (("A", A.detach()), ("B", B.detach())):
-            seen.setdefault(f"norm {side}", []).append(float(E.flatten(1).norm(dim=1).mean()))
-            if len(E) > 1:
-                pairs = pairwise_cosine(E).abs().triu(1).sum() / (len(E) * (len(E) - 1) / 2)
-                seen.setdefault(f"cosine {side}", []).append(float(pairs))
-        for E, weight in (
-            (m, layer.adapter_config["default"].orthogonality_weight) for m in layer.active_experts()[0][:2]
-        ):
-            if weight > 0:
-                with torch.enable_grad():
-                    similar = pairwise_cosine(E.stack()).triu(1).abs().sum()
-                    loss_grads.append(torch.autograd.grad(weight * similar, E.weight)[0].norm())
-    found = {key: mean(values) for key, values in seen.items() if values}
-    if loss_grads:
-        loss_norm = float(torch.stack(loss_grads).norm())
-        found["loss's share of the gradient"] = loss_norm / (loss_norm + task_norm)
+def router_entropy(record: dict) -> dict[str, float]:
+    "Entropy of the routing weights of each side, mean over layers and tokens, as a share of the largest one."
+    found = {}
+    for side in ("down", "up"):
+        weights = [own[side] for own in record.values() if side in own and own[side].shape[-1] > 1]
+        shares = [-(w * w.clamp(min=1e-12).log()).sum(-1).mean() / math.log(w.shape[-1]) for w in weights]
+        if shares:
+            found[f"entropy {side}"] = float(torch.stack(shares).mean())
     return found
 
 
-def fit(recipe: Recipe, change: Change, rate: float, seed: int, steps: int, looks: int = 0) -> dict:
-    "Train with a plain loop; held-out losses (step, loss), accuracy, and what is seen inside at the first steps."
-    model, tokenizer = adapted_base(recipe, seed)
-    rows = prepare(read_rows(data_path(recipe.data), recipe.data.tasks), recipe.data, tokenizer)
-    collate, size = collator_for(tokenizer), recipe.training["per_device_train_batch_size"]
-    held = [row for own in rows.validation.values() for row in own]
-    held_batches = [collate(held[i : i + 100]) for i in range(0, len(held), 100)]
-    if change.start:
-        change.start(model)
-    ours = bool(layers(model))
-    if ours:
+def expert_figures(model) -> dict[str, float]:
+    "Norms and mean |cosine| of A's and B's, mean over layers; the norm of the gradient of λ times the loss, over all."
+    seen, gradients = {}, []
+    for A, B, weight in active_experts(model):
+        for side, E in (("A", A), ("B", B)):
+            stack = E.stack().detach()
+            seen.setdefault(f"norm {side}", []).append(float(norm(stack)))
+            if len(stack) > 1:
+                pairs = len(stack) * (len(stack) - 1) / 2
+                seen.setdefault(f"cosine {side}", []).append(float(pairwise_cosine(stack).triu(1).abs().sum() / pairs))
+            if weight > 0:
+                with torch.enable_grad():
+                    gradients.append(torch.autograd.grad(weight * similarity(E.stack()), E.weight)[0].norm())
+    return {key: mean(own) for key, own in seen.items()} | {"loss": float(torch.tensor(gradients).norm())}
+
+
+@torch.no_grad()
+def inside(model, batch, task_norm: float) -> dict[str, float]:
+    "What a figure of the first steps shows, for one batch; after clipping, before the step."
+    if not layers(model):
+        return {"output change": output_change(model, batch)}
+    with record_routing(model) as record:
+        found = {"output change": output_change(model, batch)}
+    found |= router_entropy(record) | expert_figures(model)
+    loss_norm = found.pop("loss")
+    return found | ({"loss's share of the gradient": loss_norm / (loss_norm + task_norm)} if loss_norm else {})
+
+
+def optimizer_of(model, rate: float, change: Change) -> torch.optim.Optimizer:
+    "AdamW with the change's rates, and the orthogonality loss attached."
+    if layers(model):
         groups = parameter_groups(model, **{side: {"lr": rate * times} for side, times in change.rates.items()})
     else:
-        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        groups = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
     if any(True for _ in expert_layers(model)):
         attach_orthogonality(model, optimizer)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, recipe.training["warmup_steps"], steps)
-    every, curve, figures, order = max(1, steps // 20), [[0, held_out(model, held_batches)]], [], []
-    draw, trained = random.Random(seed), [p for p in model.parameters() if p.requires_grad]
-    for step in range(1, steps + 1):
+    return optimizer
+
+
+def batches_of(rows, collate, size: int, seed: int):
+    "Batches of rows in random order, epoch after epoch."
+    draw, order = random.Random(seed), []
+    while True:
         if len(order) < size:
-            order += draw.sample(range(len(rows.train)), len(rows.train))
-        batch, order = collate([rows.train[i] for i in order[:size]]), order[size:]
-        loss = model(**batch).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, recipe.training["max_grad_norm"])
-        if not math.isfinite(float(norm)):
+            order += draw.sample(range(len(rows)), len(rows))
+        yield collate([rows[i] for i in order[:size]])
+        order = order[size:]
+
+
+def graded(model, tokenizer, recipe: Recipe) -> dict[str, float]:
+    "Accuracy by task."
+    style = recipe.data.prompt
+    return {
+        task: mean(float(row["right"]) for row in grade_rows(model, tokenizer, task, rows, "choice", style))
+        for task, rows in test_rows(data_path(recipe.data), recipe.data.tasks, None).items()
+    }
+
+
+def fit(recipe: Recipe, change: Change, rate: float, seed: int, steps: int, whole: bool) -> dict:
+    "Train with a plain loop: the last held-out loss; of a whole run also its curve, what is seen inside, and accuracy."
+    (model, tokenizer), training = adapted_base(recipe, seed), recipe.training
+    rows, collate = (
+        prepare(read_rows(data_path(recipe.data), recipe.data.tasks), recipe.data, tokenizer),
+        collator_for(tokenizer),
+    )
+    aside = [row for own in rows.validation.values() for row in own]
+    held = [collate(aside[i : i + 100]) for i in range(0, len(aside), 100)]
+    if change.start:
+        change.start(model)
+    optimizer, trained = optimizer_of(model, rate, change), [p for p in model.parameters() if p.requires_grad]
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, training["warmup_steps"], steps)
+    curve, figures = [[0, held_out(model, held)]], []
+    drawn = batches_of(rows.train, collate, training["per_device_train_batch_size"], seed)
+    for step, batch in zip(range(1, steps + 1), drawn):
+        model(**batch).loss.backward()
+        task_norm = float(torch.nn.utils.clip_grad_norm_(trained, training["max_grad_norm"]))
+        if not math.isfinite(task_norm):
             return {"loss": None}
         if change.before_step:
             change.before_step(model, step / steps)
-        if looks and (step <= 300 and step % (300 // looks) == 0):
-            figures.append({"step": step} | inside(model, batch, min(float(norm), recipe.training["max_grad_norm"])))
+        if whole and step <= 300 and step % (300 // LOOKS) == 0:
+            figures.append({"step": step} | inside(model, batch, min(task_norm, training["max_grad_norm"])))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % every == 0 or step == steps:
-            curve.append([step, held_out(model, held_batches)])
-    model.eval()
-    accuracy = {}
-    for task, own in test_rows(data_path(recipe.data), recipe.data.tasks, None).items():
-        accuracy[task] = mean(
-            float(g["right"]) for g in grade_rows(model, tokenizer, task, own, "choice", recipe.data.prompt)
-        )
-    return {
-        "loss": curve[-1][1],
-        "curve": curve,
-        "accuracy": mean(accuracy.values()),
-        "tasks": accuracy,
-        "inside": figures,
-    }
+        if step == steps or whole and step % max(1, steps // 20) == 0:
+            curve.append([step, held_out(model, held)])
+    if not whole:
+        return {"loss": curve[-1][1]}
+    tasks = graded(model.eval(), tokenizer, recipe)
+    found = {"loss": curve[-1][1], "curve": curve, "accuracy": mean(tasks.values()), "tasks": tasks}
+    return found | {"inside": figures}
 
 
 # The study.
 
 
-def job(args, name: str, rate: float, seed: int, looks: int = 0) -> dict:
+def job(args, name: str, rate: float, seed: int, whole: bool = False) -> dict:
     "One run, or its file."
     path = args.runs / args.recipe / name / f"rate-{rate:g}" / f"seed-{seed}.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    recipe, change = prepared(args, name)
-    result = {"change": name, "rate": rate, "seed": seed, "steps": args.steps} | fit(
-        recipe, change, rate, seed, args.steps, looks
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(result) + "\n")
-    print(
-        f"{name}, rate {rate:g}, seed {seed}: loss {result['loss']}, accuracy {result.get('accuracy')}",
-        file=sys.stderr,
-        flush=True,
-    )
-    return result
+    if not path.is_file():
+        found = fit(*prepared(args, name), rate, seed, args.steps, whole)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"change": name, "rate": rate, "seed": seed, "steps": args.steps} | found) + "\n")
+        said = f"loss {found['loss']}, accuracy {found.get('accuracy')}"
+        print(f"{name}, rate {rate:g}, seed {seed}: {said}", file=sys.stderr, flush=True)
+    return json.loads(path.read_text())
 
 
 def prepared(args, name: str) -> tuple[Recipe, Change]:
@@ -342,66 +327,54 @@ def prepared(args, name: str) -> tuple[Recipe, Change]:
     return varied(recipe, recipe.adapter | change.adapter), change
 
 
+def known_rates(args) -> dict[str, dict]:
+    "Held-out loss by learning rate of the methods that hard_world.py has compared on the same terms."
+    path = args.output / "hard-world.json"
+    if args.recipe != "demo-hard" or not path.is_file():
+        return {}
+    result = json.loads(path.read_text())
+    same = (
+        result["training"]["max_steps"] == args.steps and result["methods"]["d2mora"]["lora_alpha"] == args.lora_alpha
+    )
+    return result["learning_rates"] if same else {}
+
+
 def one_change(args, name: str) -> dict:
-    "Search the learning rate by two seeds, then run all seeds at the best."
-    losses: dict[float, float] = {}
-    while todo := next_rates(losses, args.start, args.most):
-        found = []
-        for seed in CHOOSING_SEEDS:
-            loss = job(args, name, todo[0], seed)["loss"]
-            found.append(math.inf if loss is None else loss)
-            if loss is None:
-                break
-        losses[todo[0]] = mean(found)
-    rates = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in sorted(losses.items())}
-    best = best_rate(rates)
-    runs = [job(args, name, best, seed, looks=15) for seed in args.seeds]
+    "Search the learning rate by two seeds, unless hard_world.py has done it; then run all seeds at the best."
+    losses, rates = dict[float, float](), known_rates(args).get(name, {})
+    while not rates and (todo := next_rates(losses, args.start, args.most)):
+        found = [job(args, name, todo[0], seed)["loss"] for seed in CHOOSING_SEEDS]
+        losses[todo[0]] = math.inf if None in found else mean(found)
+    rates = rates or {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in sorted(losses.items())}
+    runs = [job(args, name, best_rate(rates), seed, whole=True) for seed in args.seeds]
     return {"about": prepared(args, name)[1].about, "learning_rates": rates, "runs": runs}
-
-
-def quiet() -> None:
-    "One thread and no messages of libraries, in each process."
-    import datasets
-
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 def main(argv=None) -> None:
     "Command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def listed(kind):
-        return lambda text: [kind(part) for part in text.split(",")]
-
     names = ["lora", *changes({"r": 1, "lora_alpha": 1, "orthogonality_weight": 0.0}, 1)]
     parser.add_argument("--recipe", default="demo-hard")
-    parser.add_argument(
-        "--changes", type=listed(str), default=names, help="names, or several joined by +: " + ", ".join(names)
-    )
+    about = "names, or several joined by +: " + ", ".join(names)
+    parser.add_argument("--changes", type=listed(), default=names, help=about)
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--start", type=float, default=3e-3, help="the learning rate where each search begins")
     parser.add_argument("--most", type=int, default=9, help="learning rates tried at most")
     parser.add_argument("--lora-alpha", type=float, default=24)
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    parser.add_argument("--workers", type=int, default=2, help="changes side by side")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/starts")
     parser.add_argument("--output", type=Path, default=ROOT / "nbs/results")
     args = parser.parse_args(argv)
-    quiet()
-    started, recipe = time.monotonic(), load_recipe(args.recipe)
-    args.width = adapted_base(recipe, 0)[0].config.hidden_size
+    started, (base, _) = time.monotonic(), adapted_base(load_recipe(args.recipe), 0)
+    args.width = base.config.hidden_size
     for name in args.changes:
         prepared(args, name)  # an unknown name is an error now
-    if args.workers == 1:
-        found = [one_change(args, name) for name in args.changes]
-    else:
-        with ProcessPoolExecutor(args.workers, get_context("spawn"), quiet) as pool:
-            found = list(pool.map(partial(one_change, args), args.changes, chunksize=1))
+    with side_by_side(args.workers) as each:
+        found = list(each(partial(one_change, args), args.changes))
     keys = ("recipe", "steps", "seeds", "lora_alpha", "start", "most")
     result = {key: getattr(args, key) for key in keys} | {"changes": dict(zip(args.changes, found))}
-    result["command"] = "python benchmarks/mixture_starts.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    result["command"] = called("mixture_starts", argv)
     args.output.mkdir(parents=True, exist_ok=True)
     name = {"demo-hard": "hard-world-starts", "demo": "toy-starts"}.get(args.recipe, f"{Path(args.recipe).stem}-starts")
     write_text(args.output / f"{name}.json", json.dumps(result, indent=1) + "\n")
@@ -409,5 +382,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers
     main()

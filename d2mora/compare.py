@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BUDGETS', 'CHOOSING_SEEDS', 'BASE_GRADES', 'trained_parameters', 'nearest_size', 'adapters_at',
-           'first_step_change', 'varied', 'next_rates', 'best_rate', 'at_edge', 'choose_rate', 'paired_test',
-           'paired_tests', 'significance', 'points', 'by_method', 'run', 'one_run', 'last_fifth', 'comparison_report',
-           'with_curve', 'about_comparison', 'one_job', 'compare']
+           'output_change', 'first_step_change', 'varied', 'next_rates', 'best_rate', 'at_edge', 'choose_rate',
+           'paired_test', 'paired_tests', 'significance', 'points', 'by_method', 'run', 'one_run', 'last_fifth',
+           'comparison_report', 'with_curve', 'about_comparison', 'one_job', 'compare']
 
 # %% ../nbs/12_comparison.ipynb #ed4826bd
 import copy
@@ -105,9 +105,29 @@ def adapters_at(
     return {m: same.get(m) or _sized(ours, m, *sizes[m]) for m in methods}
 
 # %% ../nbs/12_comparison.ipynb #b8133d2a
+@torch.no_grad()
+def output_change(
+    model: torch.nn.Module,  # adapted by PEFT
+    batch: Mapping[str, torch.Tensor],  # as from a collator
+) -> float:  # mean over adapted layers of ‖adapter's output‖ / ‖base layer's output‖
+    "Measure how far an adapter moves the outputs of its layers."
+    changes: list[float] = []
+
+    def measure(layer, inputs, output):
+        base = layer.base_layer(*inputs)
+        changes.append(float((output - base).norm() / base.norm()))
+
+    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    handles = [layer.register_forward_hook(measure) for layer in adapted]
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    return mean(changes)
+
+
 def first_step_change(
     recipe: Recipe,  # its adapter, its first batch of rows (drawn by its seed), its learning rate
-) -> float:  # mean over adapted layers of ‖adapter's output‖ / ‖base layer's output‖, after one step
+) -> float:  # as from `output_change`
     "Measure how far one step of AdamW without warm-up moves the outputs of the adapted layers."
     seed, rate = recipe.training.get("seed", 42), recipe.training.get("learning_rate", 5e-5)
     model, tokenizer = adapted_base(recipe, seed)
@@ -117,18 +137,7 @@ def first_step_change(
     optimizer = torch.optim.AdamW([p for p in model.eval().parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     model(**batch).loss.backward()
     optimizer.step()
-    changes: list[float] = []
-
-    def measure(layer, inputs, output):
-        base = layer.base_layer(*inputs)
-        changes.append(float((output - base).norm() / base.norm()))
-
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.register_forward_hook(measure)
-    with torch.no_grad():
-        model(**batch)
-    return mean(changes)
+    return output_change(model, batch)
 
 
 def varied(
