@@ -33,6 +33,7 @@ from d2mora.utils import write_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {"equal": "hard-world", "paper": "hard-world-paper", "loss": "hard-world-loss"}  # the file of each part
 WEIGHTS = (0.0, 1e-6, 1e-5, 1e-4)  # of the orthogonality loss
+LONG = ("training.max_steps=1500", "training.disable_tqdm=true")  # until the loss of no method falls any more
 
 
 def quiet() -> None:
@@ -70,7 +71,7 @@ def with_weights(recipe: Recipe, equal: dict, args, each) -> dict:
     rate = best_rate(equal["learning_rates"]["d2mora-no-loss"])
     curved, jobs = varied(with_curve(recipe), learning_rate=rate), []
     for seed, weight in product(args.seeds, WEIGHTS):
-        folder = args.runs / "loss" / f"weight-{weight:g}" / f"seed-{seed}"
+        folder = args.runs / (f"loss/weight-{weight:g}" if weight else "equal/d2mora-no-loss") / f"seed-{seed}"
         one = varied(curved, recipe.adapter | {"orthogonality_weight": weight}, seed=seed)
         jobs.append((one, folder, f"weight {weight:g}", ("choice",), args.limit, False))
     keys = ("base", "data", "limit", "training", "hashes", "versions")
@@ -118,7 +119,7 @@ def main(argv=None) -> None:
     if unknown := set(args.parts) - set(RESULTS):
         raise ValueError(f"--parts {', '.join(unknown)}: choose among {', '.join(RESULTS)}")
     args.output.mkdir(parents=True, exist_ok=True)
-    started, recipe = time.monotonic(), load_recipe("demo-hard", ["training.disable_tqdm=true", *args.overrides])
+    started, recipe = time.monotonic(), load_recipe("demo-hard", [*LONG, *args.overrides])
     with side_by_side(args.workers) as each:
         study(recipe, args, each)
     print(f"{(time.monotonic() - started) / 60:.1f} minutes in this call", file=sys.stderr)

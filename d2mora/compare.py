@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'BUDGETS', 'CHOOSING_SEEDS', 'BASE_GRADES', 'trained_param
            'paired_test', 'paired_tests', 'significance', 'points', 'by_method', 'run', 'one_run', 'last_fifth',
            'comparison_report', 'with_curve', 'about_comparison', 'one_job', 'compare']
 
-# %% ../nbs/12_comparison.ipynb #ed4826bd
+# %% ../nbs/12_comparison.ipynb #8b908a58
 import copy
 import json
 import math
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -29,10 +30,10 @@ from .data import collator_for, data_path, prepare, read_rows
 from .evaluate import PROTOCOLS, evaluate, holm, mean_std, own_tasks, percent, report, seeds_table
 from .evaluate import tasks_to_grade, text_table
 from .recipe import Recipe, bare_model, adapted_base, base_shape, check_training
-from .tasks import TASKS
+from .tasks import TASKS, checked_name
 from .toy import toy_base
 from .train import begun, count_saved, read_metrics, train, validation_losses
-from .utils import CHANCE, METHOD_STYLES, canvas, check_number, headline, locked, nearest
+from .utils import CHANCE, METHOD_STYLES, canvas, check_number, headline, locked
 from .utils import save_picture, write_text
 
 # %% ../nbs/12_comparison.ipynb #32c33cdb
@@ -83,20 +84,19 @@ def _equal_size(recipe: Recipe, method: str) -> dict:
             break
     return min(found, key=lambda pair: pair[0])[1]
 
-# %% ../nbs/12_comparison.ipynb #d2aece4c
+# %% ../nbs/12_comparison.ipynb #310ad6b2
 def adapters_at(
     recipe: Recipe,  # whose adapter is D2MoRA
     budget: str = "equal",  # equal: as many parameters as the recipe's adapter; paper: the paper's proportions
     methods: Iterable[str] = METHODS,
 ) -> dict[str, dict]:  # an `adapter:` section for each method
     "Size every method after the recipe's adapter; a ValueError names what is not known."
-    for what, value, known in [("budget", budget, BUDGETS), *(("method", m, METHODS) for m in methods)]:
-        if value not in known:
-            raise ValueError(f"unknown {what} '{value}'{nearest(value, known)}")
+    checked_name(budget, BUDGETS, "budget")
+    for method in methods:
+        checked_name(method, METHODS, "method")
+    if (kind := recipe.adapter["peft_type"]) != "D2MORA":
+        raise ValueError(f"adapter.peft_type={kind}: methods are sized after a D2MORA adapter; name such a recipe")
     ours = recipe.adapter
-    if ours["peft_type"] != "D2MORA":
-        kind = f"adapter.peft_type={ours['peft_type']}"
-        raise ValueError(f"{kind}: methods are sized after a D2MORA adapter; name such a recipe")
     same = {"d2mora": ours, "d2mora-no-loss": ours | {"orthogonality_weight": 0.0}}
     same["lora-same-rank"] = _sized(ours, "lora-same-rank", r := ours["r"])
     if budget == "equal":
@@ -183,7 +183,7 @@ def at_edge(
     rates = sorted(map(float, losses))
     return len(rates) > 1 and best_rate(losses) in (rates[0], rates[-1])
 
-# %% ../nbs/12_comparison.ipynb #e5bc9393
+# %% ../nbs/12_comparison.ipynb #169b4140
 CHOOSING_SEEDS = (1000, 1001)  # the two seeds of a search
 _ASIDE = 400  # validation rows where the recipe has none
 
@@ -204,16 +204,14 @@ def choose_rate(
     rates: Iterable[float] = (),  # try these alone; default: search from the recipe's rate
 ) -> dict[str, float | None]:  # loss by rate, mean of two seeds; None where training breaks down, or for a single rate
     "Try learning rates by held-out loss; a ValueError if training breaks down at each."
-    todo, losses = list(rates), dict[float, float]()
-    if len(todo) == 1:
-        return {f"{todo[0]:g}": None}
+    given, losses = list(rates), dict[float, float]()
+    if len(given) == 1:
+        return {f"{given[0]:g}": None}
     aside, start = recipe.data.validation_rows or _ASIDE, recipe.training.get("learning_rate", 5e-5)
-    search = not todo
-    while todo := todo or (next_rates(losses, start) if search else []):
-        rate = todo.pop(0)
-        runs = [varied(recipe, validation_rows=aside, learning_rate=rate, seed=seed) for seed in CHOOSING_SEEDS]
-        at = [folder / f"learning-rate-{rate:g}" / f"seed-{seed}" for seed in CHOOSING_SEEDS]
-        losses[rate] = mean(map(_held_out_loss, runs, at))
+    while todo := [rate for rate in given if rate not in losses] if given else next_rates(losses, start):
+        one = varied(recipe, validation_rows=aside, learning_rate=(rate := todo[0]))
+        runs = [(varied(one, seed=seed), folder / f"learning-rate-{rate:g}/seed-{seed}") for seed in CHOOSING_SEEDS]
+        losses[rate] = mean(_held_out_loss(*run) for run in runs)
     if not any(map(math.isfinite, losses.values())):
         tried = ", ".join(f"{rate:g}" for rate in losses)
         mend = "name lower ones by --learning-rates"
@@ -317,7 +315,7 @@ def run(
     lines.append(f"{'time:':11}{time.perf_counter() - started:.0f} s, {trained:.0f} of them training")
     return "\n".join([_before_after_table(before, after), "", *lines])
 
-# %% ../nbs/12_comparison.ipynb #bb632fb2
+# %% ../nbs/12_comparison.ipynb #1f4c37c0
 def one_run(
     recipe: Recipe,
     folder: Path,  # the run folder; a finished run is read, an unfinished one goes on
@@ -326,22 +324,29 @@ def one_run(
 ) -> dict:  # seed, parameters, grades by protocol, held_out (loss by task), curve (step, mean loss), similarity
     "Train and grade; the figures that a comparison needs."
     train(recipe, folder, resume=begun(folder))
-    keys, grades = ("n", "accuracy", "interval", "chance"), {}
-    tasks = own_tasks(data_path(recipe.data), recipe.data.tasks)
-    for protocol in protocols:
-        found = evaluate(folder, protocol=protocol, tasks=tasks, limit=limit, progress=False)  # rows are graded once
-        by_task = {task: {k: own[k] for k in keys} for task, own in found["tasks"].items()}
-        grades[protocol] = {"average": found["average"], "tasks": by_task}
-    experts = layer_similarity(as_model(folder)) if recipe.adapter["peft_type"] == "D2MORA" else []
-    similar = {side: mean_similarity(experts, side) for side in ("down", "up")} if experts else {}
     return {
         "seed": recipe.training["seed"],
         "parameters": count_saved(folder / "adapter")[0],
-        "grades": grades,
+        "grades": {protocol: _grades(recipe, folder, protocol, limit) for protocol in protocols},
         "held_out": {task: last for task, (_, last) in validation_losses(folder).items()},
         "curve": [[line["step"], line["eval_loss"]] for line in read_metrics(folder) if "eval_loss" in line],
-        "similarity": {side: value for side, value in similar.items() if not math.isnan(value)},
+        "similarity": _similarity(folder) if recipe.adapter["peft_type"] == "D2MORA" else {},
     }
+
+
+def _grades(recipe: Recipe, folder: Path, protocol: str, limit: int | None) -> dict:
+    "The average accuracy of a run, and each task's; what is graded already is read."
+    tasks, keys = own_tasks(data_path(recipe.data), recipe.data.tasks), ("n", "accuracy", "interval", "chance")
+    found = evaluate(folder, protocol=protocol, tasks=tasks, limit=limit, progress=False)
+    by_task = {task: {k: own[k] for k in keys} for task, own in found["tasks"].items()}
+    return {"average": found["average"], "tasks": by_task}
+
+
+def _similarity(folder: Path) -> dict[str, float]:
+    "The mean |cosine| of A's and of B's, where there are several."
+    experts = layer_similarity(as_model(folder))
+    similar = {side: mean_similarity(experts, side) for side in ("down", "up")}
+    return {side: value for side, value in similar.items() if not math.isnan(value)}
 
 
 def _single_tasks(recipe: Recipe, folder: Path, protocols: Iterable[str], limit: int | None) -> dict:
@@ -487,7 +492,7 @@ def _draw_comparison(result: dict):
     note = "A mark is one run; below it the mean (tick) with its 95 % interval over seeds (line)"
     return headline(figure, title, note)
 
-# %% ../nbs/12_comparison.ipynb #31b1d203
+# %% ../nbs/12_comparison.ipynb #d2a39fc2
 def _check(recipe: Recipe, methods, seeds, protocols, rates, limit: int | None, single: bool) -> None:
     "Refuse what cannot be compared before the first run."
     for values, what in ((methods, "method"), (seeds, "seed"), (protocols, "protocol")):
@@ -502,8 +507,8 @@ def _check(recipe: Recipe, methods, seeds, protocols, rates, limit: int | None, 
     for rate in rates:
         check_number("learning rate", rate, 1e-12)
     check_number("limit", 1 if limit is None else limit, 1, whole=True)
-    for protocol in set(protocols).difference(PROTOCOLS):
-        raise ValueError(f"unknown protocol '{protocol}'{nearest(protocol, PROTOCOLS)}")
+    for protocol in protocols:
+        checked_name(protocol, PROTOCOLS, "protocol")
     if single and "max_steps" not in recipe.training:
         raise ValueError("single tasks need training.max_steps: each task gets its share of them")
     tasks_to_grade(data_path(recipe.data), None)  # says what is missing
@@ -537,7 +542,7 @@ def about_comparison(
         "versions": {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")},
     }
 
-# %% ../nbs/12_comparison.ipynb #be32364c
+# %% ../nbs/12_comparison.ipynb #2f05a5b0
 def one_job(
     recipe: Recipe,  # with the method's adapter, rate and seed
     folder: Path,  # the run folder
@@ -555,6 +560,13 @@ def one_job(
     return result
 
 
+def _write(result: dict, path: Path) -> None:
+    "Write a comparison as JSON, as tables, and as a picture."
+    write_text(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    write_text(path.with_suffix(".md"), comparison_report(result) + "\n")
+    save_picture(_draw_comparison(result), path.parent, path.stem)
+
+
 def compare(
     recipe: Recipe,  # whose adapter is D2MoRA; the methods are sized after it
     output: str | Path,  # folder for all runs; those that are finished there are not made again
@@ -570,23 +582,20 @@ def compare(
     "Train and grade every method with every seed, seed by seed; write tables and a picture."
     seeds, rates, folder = list(seeds), list(learning_rates), Path(output)
     _check(recipe, methods, seeds, protocols, rates, limit, single)
-    adapters, equal = (adapters_at(recipe, b, methods) for b in (budget, "equal"))
-    place = {m: folder / ("equal" if a == equal[m] else budget) / m for m, a in adapters.items()}
-    measured = recipe if len(rates) == 1 else with_curve(recipe)
+    sizes = {b: {m: varied(recipe, a) for m, a in adapters_at(recipe, b, methods).items()} for b in (budget, "equal")}
     with locked(folder):
-        searches = [(varied(recipe, a), folder / "learning-rates" / m, rates) for m, a in equal.items()]
-        losses = dict(zip(equal, each(choose_rate, *zip(*searches))))
-        changes = dict(zip(adapters, each(first_step_change, [varied(recipe, a) for a in adapters.values()])))
-        sized = {m: varied(measured, a, learning_rate=best_rate(losses[m])) for m, a in adapters.items()}
-        jobs = [
-            (varied(one, seed=seed), place[m] / f"seed-{seed}", m, protocols, limit, single)
-            for seed in seeds
-            for m, one in sized.items()
-        ]
-        result = about_comparison(recipe, budget, limit) | {"scaling": "alpha", "methods": adapters}
-        result |= {"learning_rates": losses, "first_step": changes, "runs": list(each(one_job, *zip(*jobs)))}
-        path = folder / f"comparison-{budget}{'-single' * single}"
-        write_text(path.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-        write_text(path.with_suffix(".md"), comparison_report(result) + "\n")
-        save_picture(_draw_comparison(result), path.parent, path.stem)
+        searches = [(one, folder / "learning-rates" / m, rates) for m, one in sizes["equal"].items()]
+        losses = dict(zip(sizes["equal"], each(choose_rate, *zip(*searches))))
+        changes = dict(zip(losses, each(first_step_change, sizes[budget].values())))
+        jobs = []
+        for seed, (method, one) in product(seeds, sizes[budget].items()):
+            place = "equal" if one.adapter == sizes["equal"][method].adapter else budget
+            one = varied(
+                one if len(rates) == 1 else with_curve(one), learning_rate=best_rate(losses[method]), seed=seed
+            )
+            jobs.append((one, folder / place / method / f"seed-{seed}", method, protocols, limit, single))
+        result = about_comparison(recipe, budget, limit) | {"scaling": "alpha"}
+        result |= {"methods": {m: one.adapter for m, one in sizes[budget].items()}, "learning_rates": losses}
+        result |= {"first_step": changes, "runs": list(each(one_job, *zip(*jobs)))}
+        _write(result, folder / f"comparison-{budget}{'-single' * single}")
     return result
