@@ -204,14 +204,17 @@ def choose_rate(
     rates: Iterable[float] = (),  # try these alone; default: search from the recipe's rate
 ) -> dict[str, float | None]:  # loss by rate, mean of two seeds; None where training breaks down, or for a single rate
     "Try learning rates by held-out loss; a ValueError if training breaks down at each."
-    given, losses = list(rates), dict[float, float]()
-    if len(given) == 1:
-        return {f"{given[0]:g}": None}
+    todo, losses = list(rates), dict[float, float]()
+    if len(todo) == 1:
+        return {f"{todo[0]:g}": None}
     aside, start = recipe.data.validation_rows or _ASIDE, recipe.training.get("learning_rate", 5e-5)
-    while todo := [rate for rate in given if rate not in losses] if given else next_rates(losses, start):
-        one = varied(recipe, validation_rows=aside, learning_rate=(rate := todo[0]))
+    search, todo = not todo, todo or next_rates(losses, start)
+    while todo:
+        one = varied(recipe, validation_rows=aside, learning_rate=(rate := todo.pop(0)))
         runs = [(varied(one, seed=seed), folder / f"learning-rate-{rate:g}/seed-{seed}") for seed in CHOOSING_SEEDS]
         losses[rate] = mean(_held_out_loss(*run) for run in runs)
+        if not todo and search:
+            todo = next_rates(losses, start)
     if not any(map(math.isfinite, losses.values())):
         tried = ", ".join(f"{rate:g}" for rate in losses)
         mend = "name lower ones by --learning-rates"
