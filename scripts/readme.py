@@ -14,32 +14,19 @@ import pypandoc
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def cell_markdown(
-    cell: dict,  # a notebook's cell
-) -> str:  # markdown; empty for a hidden cell
-    "Markdown as it is; code in a fence, its text outputs in another."
+def cell_markdown(cell) -> str:
+    "Markdown as it is; code in a fence, its text outputs in another; nothing of a hidden cell."
     if cell.cell_type == "markdown":
         return cell.source
-    if cell.cell_type != "code" or re.search(r"^#\|\s*(hide|default_exp)\b", cell.source, re.M):
+    if re.search(r"^#\|\s*hide\b", cell.source, re.M):
         return ""
-    source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-    parts = [f"```python\n{source}\n```"]
-    for out in cell.outputs:
-        if out.output_type == "stream" and out.name == "stderr":
-            continue
-        data = out.get("data", {})
-        if any(k.startswith("image/") for k in data):
-            raise SystemExit(
-                "readme: index.ipynb has a picture among its outputs, which a README cannot show: put a drawing into a markdown cell"
-            )
-        text = out.get("text") or data.get("text/markdown") or data.get("text/plain", "")
-        parts.append(text if "text/markdown" in data else f"```text\n{text.rstrip()}\n```")
-    return "\n\n".join(parts)
+    outputs = [
+        o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs if o.get("name") != "stderr"
+    ]
+    return "\n\n".join([f"```python\n{cell.source}\n```", *(f"```text\n{text.rstrip()}\n```" for text in outputs)])
 
 
-def readme(
-    index: Path,  # index.ipynb
-) -> str:  # text of README.md
+def readme(index: Path) -> str:
     "All cells through pandoc; links and pictures point into nbs/."
     text = "\n\n".join(filter(None, map(cell_markdown, nbformat.read(index, 4).cells)))
     command = [pypandoc.get_pandoc_path(), "-f", "gfm", "-t", "gfm", "--wrap=preserve"]

@@ -1,6 +1,5 @@
 """nbdev_export and nbdev_clean must change nothing: notebooks and package say the same. Works in a dirty tree too."""
 
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,45 +7,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def fingerprints(
-    root: Path,  # the repository's root
-) -> dict:  # path relative to the root -> hash of the file
-    "Hashes of every exported module and every notebook."
-    files = sorted([*root.glob("d2mora/**/*.py"), *root.glob("nbs/*.ipynb")])
-    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+def contents(root: Path) -> dict[str, bytes]:
+    "Every module and every notebook."
+    return {str(f.relative_to(root)): f.read_bytes() for f in [*root.glob("d2mora/*.py"), *root.glob("nbs/*.ipynb")]}
 
 
-def differing(
-    before: dict,  # fingerprints before
-    after: dict,  # fingerprints after
-) -> list:  # paths that were changed, added or removed
-    "What export and clean touched."
-    return sorted(f for f in {*before, *after} if before.get(f) != after.get(f))
-
-
-def orphans(
-    root: Path,  # the repository's root
-) -> list:  # modules that no notebook exports
-    "Left-over modules: every file of the package but `__init__.py` names a notebook that exists."
-    made = [f for f in root.glob("d2mora/*.py") if f.name not in ("__init__.py", "_modidx.py")]
-    exports = "".join(f.read_text() for f in root.glob("nbs/*.ipynb"))
-    return sorted(str(f.relative_to(root)) for f in made if f'default_exp {f.stem}"' not in exports.replace("\\n", '"'))
+def faults(before: dict, after: dict) -> list[str]:
+    "What export and clean changed, and modules that no notebook exports."
+    changed = sorted(f for f in {*before, *after} if before.get(f) != after.get(f))
+    notebooks = b"".join(text for name, text in after.items() if name.startswith("nbs"))
+    made = {name for name in after if name.startswith("d2mora")} - {"d2mora/__init__.py", "d2mora/_modidx.py"}
+    orphans = sorted(name for name in made if f"default_exp {Path(name).stem}".encode() not in notebooks)
+    return [f"{f} differs from its notebook's export: edit the notebook" for f in changed] + [
+        f"{f} is exported by no notebook: remove it" for f in orphans
+    ]
 
 
 def main():
     "Export, clean, compare; exit status 1 names the files."
-    before, bin = fingerprints(ROOT), Path(sys.executable).parent
+    before = contents(ROOT)
     for command in ("nbdev_export", "nbdev_clean"):
-        subprocess.run([bin / command], cwd=ROOT, check=True)
-    changed, left = differing(before, fingerprints(ROOT)), orphans(ROOT)
-    for f in changed:
-        print(
-            f"round trip: {f} differs from its notebook's export: edit the notebook, then nbdev_export; nbdev_clean",
-            file=sys.stderr,
-        )
-    for f in left:
-        print(f"round trip: {f} is exported by no notebook: remove it", file=sys.stderr)
-    sys.exit(bool(changed or left))
+        subprocess.run([Path(sys.executable).parent / command], cwd=ROOT, check=True)
+    if bad := faults(before, contents(ROOT)):
+        sys.exit("\n".join(f"round trip: {line}" for line in bad))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The stand-in for Quarto: the same processed pages rendered by pandoc, which Quarto itself is built on. Small on purpose."""
+"""The stand-in for Quarto: the same processed pages rendered by pandoc, on which Quarto itself is built."""
 
 import html
-import json
 import re
 import shutil
 import subprocess
@@ -9,250 +8,129 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+import pypandoc
 import yaml
 
 HERE = Path(__file__).parent
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*)\n?", re.M)
-READER = "markdown-implicit_figures+lists_without_preceding_blankline+emoji-smart"
+WORDS = {"fig": "Figure", "eq": "Equation"}
 
 
-# ---- a processed page as pandoc's markdown ----
-def fence(
-    code: str,  # any text
-    classes: str,  # such as ".python"
-) -> str:  # a fenced block longer than any fence in it
-    "A code block."
-    ticks = max([3, *(len(m) + 1 for m in re.findall(r"^`{3,}", code, re.M))])
-    return f"{'`' * ticks} {{{classes}}}\n{code.rstrip()}\n{'`' * ticks}"
+def fence(code: str, classes: str) -> str:
+    "A code block whose fence is longer than any fence in it."
+    ticks = "`" * max([3, *(len(m) + 1 for m in re.findall(r"^`{3,}", code, re.M))])
+    return f"{ticks} {{{classes}}}\n{code.rstrip()}\n{ticks}"
 
 
-def output_markdown(
-    out: dict,  # one output of a cell
-    alt: str,  # what a picture shows
-) -> str:  # markdown
-    "A stored output: markdown and pictures as they are, HTML tables raw, the rest as text."
-    if out.output_type == "stream":
-        return f"::: {{.output .{out.name}}}\n{fence(out.text, '.text')}\n:::"
-    if out.output_type == "error":
-        return f"::: {{.output .error}}\n{fence(f'{out.ename}: {out.evalue}', '.text')}\n:::"
-    data = out.data
+def output_markdown(out, alt: str) -> str:
+    "A stored output: Markdown and pictures as they are, HTML raw, the rest as text."
+    data = out.get("data", {})
     if "text/markdown" in data:
         return data["text/markdown"]
     if "image/png" in data:
         return f"![{alt}](data:image/png;base64,{data['image/png'].strip()})"
-    if "image/svg+xml" in data:
-        return fence(data["image/svg+xml"], "=html")
-    if "text/html" in data:
-        return fence(data["text/html"], "=html")
-    return f"::: {{.output}}\n{fence(data.get('text/plain', ''), '.text')}\n:::"
+    if raw := data.get("image/svg+xml") or data.get("text/html"):
+        return fence(raw, "=html")
+    return f"::: {{.output}}\n{fence(out.get('text') or data.get('text/plain', ''), '.default')}\n:::"
 
 
-def code_markdown(
-    cell: dict,  # a code cell
-) -> str:  # markdown of its source and outputs
-    "Source (shown, folded or hidden, as its directives say), then outputs."
+def code_markdown(cell) -> str:
+    "The source (shown, folded or hidden, as its directives say), then the outputs."
     options = {k: v.strip().strip('"') for k, v in DIRECTIVE.findall(cell.source)}
     source, parts = DIRECTIVE.sub("", cell.source).strip("\n"), []
     if source and options.get("echo") != "false":
         parts.append(fence(source, ".python"))
-        if options.get("code-fold") in ("true", "show"):
-            parts[0] = (
-                f'::: {{.fold summary="{options.get("code-summary", "Code")}" open={str(options["code-fold"] == "show").lower()}}}\n{parts[0]}\n:::'
-            )
-    alt = re.sub(r"([][])", r"\\\1", options.get("fig-alt", ""))
-    shown = [] if options.get("output") == "false" else cell.outputs
-    body = "\n\n".join([*parts, *(output_markdown(o, alt) for o in shown)])
-    if caption := options.get("fig-cap") or options.get("tbl-cap"):
-        body += f"\n\n::: {{.figcaption}}\n{caption}\n:::"
-    return f":::: {{#{options['label']}}}\n{body}\n::::" if "label" in options else body
+        if fold := options.get("code-fold"):
+            opened = " open" if fold == "show" else ""
+            head = f"<details{opened}><summary>{options.get('code-summary', 'Code')}</summary>"
+            parts = [fence(head, "=html"), *parts, fence("</details>", "=html")]
+    alt = re.sub(r"([][])", r"\\\1", options.get("fig-alt") or options.get("fig-cap", ""))
+    parts += [output_markdown(out, alt) for out in ([] if options.get("output") == "false" else cell.outputs)]
+    if "label" in options:
+        parts += [f"::: {{.figcaption}}\n@@{options['label']}. {options['fig-cap']}\n:::"]
+        parts = [f":::: {{#{options['label']}}}", *parts, "::::"]
+    return "\n\n".join(parts)
 
 
-def notebook_page(
-    nb: dict,  # a processed notebook
-) -> tuple:  # (front matter, markdown)
-    "The whole notebook as one markdown text."
+def numbered(text: str) -> str:
+    "Number the figures and equations, and the references to them."
+    labels = re.findall(r"\{#((?:fig|eq)-[\w-]+)\}", text)
+    names = {x: f"{WORDS[x.split('-')[0]]} {[y for y in labels if y[:2] == x[:2]].index(x) + 1}" for x in labels}
+    equation = r"(\$\$[^$]+\$\$) *\{#(eq-[\w-]+)\}"
+    text = re.sub(equation, lambda m: f"::: {{#{m[2]} .equation}}\n\n{m[1]} ({names[m[2]].split()[1]})\n\n:::", text)
+    text = re.sub(r"@@((?:fig|eq)-[\w-]+)", lambda m: names[m[1]], text)
+    return re.sub(r"(?<!\w)@((?:fig|eq)-[\w-]+)", lambda m: f"[{names.get(m[1], '?@' + m[1])}](#{m[1]})", text)
+
+
+def read_page(path: Path) -> tuple[dict, str]:
+    "Front matter and Markdown of a processed page."
+    if path.suffix == ".qmd":
+        _, front, text = path.read_text(encoding="utf-8").split("---\n", 2)
+        return {"output-file": f"{path.stem}.html"} | yaml.safe_load(front), text
     front, parts = {}, []
-    for cell in nb.cells:
-        if cell.cell_type == "raw" and cell.source.strip().startswith("---"):
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "raw":
             front.update(yaml.safe_load(cell.source.strip().strip("-")) or {})
-        elif cell.cell_type == "markdown":
-            parts.append(cell.source)
-        elif cell.cell_type == "code":
-            parts.append(code_markdown(cell))
-    return front, "\n\n".join(parts)
+        else:
+            parts.append(cell.source if cell.cell_type == "markdown" else code_markdown(cell))
+    return front, numbered("\n\n".join(parts))
 
 
-def read_page(
-    path: Path,  # .ipynb or .qmd
-) -> tuple:  # (front matter, markdown); the front matter names the output file
-    "A processed page."
-    if path.suffix == ".ipynb":
-        return notebook_page(nbformat.read(path, 4))
-    _, front, text = path.read_text(encoding="utf-8").split("---\n", 2)
-    return {"output-file": f"{path.stem}.html", **yaml.safe_load(front)}, text
-
-
-# ---- pages ----
-def names_in(
-    contents: list,  # of a sidebar
-) -> list:  # the pages' file names
-    "The sidebar, flat."
+def names_in(contents: list) -> list[str]:
+    "The pages of a sidebar, flat."
     return [n for e in contents for n in (names_in(e["contents"]) if isinstance(e, dict) else [e])]
 
 
-def sidebar(
-    contents: list,  # of _quarto.yml
-    pages: dict,  # file name -> (front matter, markdown)
-    here: str,  # the page's file name
-) -> str:  # HTML list
-    "The list of pages in reading order."
+def sidebar(contents: list, pages: dict, here: str) -> str:
+    "The list of pages in reading order, as HTML."
     items = []
     for entry in contents:
         if isinstance(entry, dict):
-            items.append(
-                f'<li><span class="section">{html.escape(entry["section"])}</span>{sidebar(entry["contents"], pages, here)}</li>'
-            )
+            inner = f'<span class="section">{entry["section"]}</span>{sidebar(entry["contents"], pages, here)}'
         else:
-            items.append(
-                f'<li><a href="{entry}"{" aria-current=page" if entry == here else ""}>{html.escape(pages[entry][0]["title"])}</a></li>'
-            )
+            current = " aria-current=page" if entry == here else ""
+            inner = f'<a href="{entry}"{current}>{html.escape(pages[entry][0]["title"])}</a>'
+        items.append(f"<li>{inner}</li>")
     return f"<ul>{''.join(items)}</ul>"
 
 
-def turn(
-    order: list,  # file names in reading order
-    pages: dict,  # file name -> (front matter, markdown)
-    name: str,  # this page's
-) -> str:  # HTML
-    "Links to the page before and the page after."
-    at, links = order.index(name) if name in order else None, []
-    for step, word in ((-1, "← {}"), (1, "{} →")):
-        to = None if at is None else at + step
-        links.append(
-            f'<a href="{order[to]}">{word.format(html.escape(pages[order[to]][0]["title"]))}</a>'
-            if to is not None and 0 <= to < len(order)
-            else "<span></span>"
-        )
-    return "".join(links)
+def turn(order: list, pages: dict, name: str) -> str:
+    "Links to the page before and the page after, as HTML."
+    at = order.index(name) if name in order else len(order)
+    before, after = order[max(at - 1, 0) : at], order[at + 1 : at + 2]
+    link = lambda names, form: "".join(f'<a href="{n}">{form.format(pages[n][0]["title"])}</a>' for n in names)
+    return link(before, "← {}") + "<span></span>" + link(after, "{} →")
 
 
-def render_page(
-    name: str,  # file name of a page
-    pages: dict,  # file name -> (front matter, markdown)
-    project: dict,  # the project file
-    out: Path,  # folder of the site
-) -> None:
-    "Write one page with pandoc."
-    import pypandoc
-
-    (front, text), site = pages[name], project["website"]
-    bar = next((b for b in site["sidebar"] if name in names_in(b["contents"])), site["sidebar"][0])
-    top = "".join(
-        f'<a href="{item["href"]}">{html.escape(item["text"])}</a>'
-        for item in site["navbar"]["left"] + [i for i in site["navbar"]["right"] if "text" in i]
-    )
+def render_page(name: str, pages: dict, website: dict, out: Path):
+    "Write one page with pandoc; links to sources become links to pages."
+    (front, text), contents = pages[name], website["sidebar"]["contents"]
     variables = {
-        "sidebar": sidebar(bar["contents"], pages, name),
-        "part": bar["title"],
-        "turn": turn(names_in(bar["contents"]), pages, name),
-        "top": top,
-        "site": site["title"],
-        "card": f"{site['site-url']}/{site['image']}",
-        "url": f"{site['site-url']}/{front['output-file']}",
-        "favicon": site["favicon"],
-        "twin": f"{Path(front['output-file']).stem}.llms.md",
+        "sidebar": sidebar(contents, pages, name),
+        "turn": turn(names_in(contents), pages, name),
+        "top": "".join(f'<a href="{item["href"]}">{item["text"]}</a>' for item in website["navbar"]["left"]),
+        "site": website["title"],
+        "favicon": website["favicon"],
+        "title": front["title"],
+        "description": front.get("description") or "",
     }
-    command = [
-        pypandoc.get_pandoc_path(),
-        "-f",
-        READER,
-        "-t",
-        "html5",
-        "--mathml",
-        "--standalone",
-        "--toc",
-        "--toc-depth=3",
-        "--template",
-        HERE / "standin.html",
-        "--lua-filter",
-        HERE / "standin.lua",
-        "-M",
-        f"title={front['title']}",
-        "-M",
-        f"description={front.get('description') or ''}",
-    ]
-    for key, value in variables.items():
-        command += ["-V", f"{key}={value}"]
+    reader = "markdown-implicit_figures+lists_without_preceding_blankline-smart"
+    command = [pypandoc.get_pandoc_path(), "-f", reader, "-t", "html5", "--mathml", "--standalone", "--toc"]
+    command += ["--toc-depth=3", "--template", HERE / "standin.html", "-M", f"title={front['title']}"]
+    command += [word for key, value in variables.items() for word in ("-V", f"{key}={value}")]
+    text = re.sub(r"^(`{3,}) ?sh$", r"\1bash", text, flags=re.M)
     page = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=True).stdout
-    (out / front["output-file"]).write_text(relink(page, pages), encoding="utf-8")
+    files = {source: front["output-file"] for source, (front, _) in pages.items()}
+    page = re.sub(r'href="([\w.-]+\.(?:ipynb|qmd))', lambda m: f'href="{files.get(m[1], m[1])}', page)
+    (out / front["output-file"]).write_text(page, encoding="utf-8")
 
 
-def relink(
-    page: str,  # HTML, or Markdown with `before` set to `](`
-    pages: dict,  # file name -> (front matter, markdown)
-    before: str = 'href="',  # what stands before a target
-    ending: str = ".html",  # of the files to link to
-) -> str:  # the same with other targets
-    "Links to sources of pages become links to the pages."
-    files = {name: Path(front["output-file"]).stem + ending for name, (front, _) in pages.items()}
-    return re.sub(re.escape(before) + r"([\w.-]+\.(?:ipynb|qmd))", lambda m: before + files.get(m[1], m[1]), page)
-
-
-def write_twin(
-    name: str,  # file name of a page
-    pages: dict,  # file name -> (front matter, markdown)
-    out: Path,  # folder of the site
-) -> None:
-    "The page as plain Markdown, PAGE.llms.md, as Quarto's `llms-txt` makes it; a plot is its description."
-    import pypandoc
-
-    front, text = pages[name]
-    text = re.sub(
-        r"!\[([^\n]*)\]\(data:[^)]*\)", r"[Picture: \1]", re.sub(r"`{3,} \{=html\}\n.*?\n`{3,}", "", text, flags=re.S)
-    )
-    command = [pypandoc.get_pandoc_path(), "-f", READER, "-t", "gfm-raw_html", "--wrap=none"]
-    body = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=True).stdout
-    page = f"# {front['title']}\n\n> {front.get('description') or front['title']}\n\n{relink(body, pages, '](', '.llms.md')}"
-    (out / f"{Path(front['output-file']).stem}.llms.md").write_text(page, encoding="utf-8")
-
-
-def write_indices(
-    pages: dict,  # file name -> (front matter, markdown)
-    project: dict,  # the project file
-    out: Path,  # folder of the site, its pages written
-) -> None:
-    "llms.txt, the list of the Markdown pages; and search.js, what the search field looks through: the sections of all pages."
-    site, lines, found = project["website"], [], []
-    for name, (front, _) in pages.items():
-        file, title = front["output-file"], front["title"]
-        lines.append(f"- [{title}]({site['site-url']}/{Path(file).stem}.llms.md)")
-        page = (out / file).read_text(encoding="utf-8").partition("<header>")[2].partition('<nav class="turn"')[0]
-        first, *rest = re.split(r'<h[23][^>]* id="([^"]+)"[^>]*>(.*?)</h[23]>', page, flags=re.S)
-        for anchor, heading, text in [("", "", first), *zip(rest[::3], rest[1::3], rest[2::3])]:
-            plain = [
-                " ".join(html.unescape(re.sub(r"<script.*?</script>|<[^>]+>", " ", t, flags=re.S)).split())
-                for t in (heading, text)
-            ]
-            found.append([file + ("#" + anchor if anchor else ""), title, *plain])
-    text = f"# {site['title']}\n\n> {site['description']}\n\n## Pages\n\n" + "\n".join(lines) + "\n"
-    (out / "llms.txt").write_text(text, encoding="utf-8")
-    (out / "search.js").write_text(f"window.SECTIONS = {json.dumps(found, ensure_ascii=False)}\n", encoding="utf-8")
-
-
-def render(
-    proc: Path,  # processed pages and the project file
-    out: Path,  # folder of the site
-) -> None:
-    "The whole site by pandoc."
+def render(proc: Path, out: Path):
+    "The whole site."
     project = yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8"))
     pages = {name: read_page(proc / name) for name in project["project"]["render"]}
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    for folder in ("images", "notebooks"):
-        shutil.copytree(proc / folder, out / folder)
-    for file in ("standin.css", "standin.js"):
-        shutil.copy(HERE / file, out / file)
+    shutil.copytree(proc / "images", out / "images")
+    shutil.copy(HERE / "standin.css", out)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: render_page(name, pages, project, out), pages))
-        list(pool.map(lambda name: write_twin(name, pages, out), pages))
-    write_indices(pages, project, out)
+        list(pool.map(lambda name: render_page(name, pages, project["website"], out), pages))

@@ -1,10 +1,8 @@
-"""The notebooks: round trip with the package, order of imports, exercises, glossary links, descriptions of pictures."""
+"""The notebooks: order of imports, round trip with the package, exercises, glossary links, descriptions of pictures."""
 
 import ast
 import importlib
-import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +18,6 @@ ORDER = (
     "train scoring evaluate analysis compare plan export cli"
 ).split()
 SOLUTION = '#| code-fold: true\n#| code-summary: "Solution"\n'
-FORMATTED = ["nbs", "tests", "scripts"]
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
 @pytest.fixture
@@ -52,38 +48,32 @@ def test_modules_import_only_earlier_ones():
     assert imported_modules("from d2mora import lora") == {"lora"}
 
 
-def test_round_trip_sees_a_hand_edit_and_an_orphan(scripts, tmp_path):
-    roundtrip = scripts("roundtrip")
-    for folder in ("d2mora", "nbs"):
-        (tmp_path / folder).mkdir()
-    exports = {"cells": [{"cell_type": "code", "source": ["#| default_exp kept\n"]}]}
-    (tmp_path / "nbs" / "00_kept.ipynb").write_text(json.dumps(exports, indent=1))
-    for name in ("kept", "left"):
-        (tmp_path / "d2mora" / f"{name}.py").write_text("a = 1\n")
-    before = roundtrip.fingerprints(tmp_path)
-    (tmp_path / "d2mora" / "kept.py").write_text("a = 2\n")
-    assert roundtrip.differing(before, roundtrip.fingerprints(tmp_path)) == ["d2mora/kept.py"]
-    assert roundtrip.orphans(tmp_path) == ["d2mora/left.py"]
+def test_round_trip_sees_a_hand_edit_and_an_orphan(scripts):
+    before = {"d2mora/kept.py": b"a = 1", "d2mora/left.py": b"", "nbs/00_kept.ipynb": b'"#| default_exp kept"'}
+    changed, orphan = scripts("roundtrip").faults(before, before | {"d2mora/kept.py": b"a = 2"})
+    assert changed.startswith("d2mora/kept.py differs") and orphan.startswith("d2mora/left.py is exported by no")
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_chapters_say_how_long_they_run_and_end_with_exercises_that_check_themselves(path):
+def test_chapters_end_with_exercises_that_check_themselves(path):
     cells = nbformat.read(path, 4).cells
-    assert re.search(r"\*Runs in about \d+ s on two cores", "\n".join(c.source for c in cells[:8]))
     begin = next(i for i, c in enumerate(cells) if "## Exercise" in c.source)
-    asked = re.findall(r"^\*\*\d\.\*\*", "\n".join(c.source for c in cells[begin:] if c.cell_type == "markdown"), re.M)
     solved = [c for c in cells[begin:] if c.source.startswith(SOLUTION)]
-    assert len(solved) >= 1 and len(solved) == max(len(asked), 1)
+    assert solved
     for cell in solved:
         assert re.search(r"\bassert\b|assert_close", cell.source) and not cell.outputs, cell.source
         assert cell.metadata["jupyter"]["source_hidden"], "a solution that JupyterLab shows unasked"
 
 
-@each_notebook
-def test_terms_link_to_the_glossary_and_colab_is_prepared(scripts, path):
-    terms, colab = scripts("terms"), scripts("colab")
-    assert path.stem in terms.OUTSIDE or terms.check(path) == [], "run scripts/terms.py --mend"
-    assert not colab.mended(nbformat.read(path, 4), path.name), "run scripts/colab.py --mend"
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_to_the_glossary_colab_and_pictures(scripts, path):
+    nb = nbformat.read(path, 4)
+    assert path.stem == "glossary" or scripts("terms").check(path) == [], "run scripts/terms.py --mend"
+    for cell in nb.cells:
+        plotted = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+        assert not plotted or re.search(r"^#\| ?fig-(alt|cap): *\S", cell.source, re.M), cell.source
+    assert path.stat().st_size < 250_000, "run make notebooks, or show less"
+    assert not scripts("colab").mended(nb, path.name), "run scripts/colab.py --mend"
 
 
 def test_a_term_without_link_is_noticed_and_mended(scripts, tmp_path):
@@ -95,35 +85,11 @@ def test_a_term_without_link_is_noticed_and_mended(scripts, tmp_path):
     assert "Two [routers](glossary.ipynb#router), `router`" in nbformat.read(tmp_path / "a.ipynb", 4).cells[1].source
 
 
-@each_notebook
-def test_pictures_are_described_and_outputs_are_small(path):
-    for cell in nbformat.read(path, 4).cells:
-        plotted = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
-        assert not plotted or re.search(r"^#\| ?fig-(alt|cap): *\S", cell.source, re.M), cell.source
-        if cell.cell_type == "markdown":
-            for alt, image in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", cell.source):
-                assert (path.parent / image).is_file() and len(alt) > 10, image
-    assert path.stat().st_size < 250_000, "run make notebooks, or show less"
-
-
 def test_drawings_are_what_the_script_draws(scripts):
     drawings = scripts("drawings")
     for name in drawings.DRAWINGS:
         drawn = (drawings.IMAGES / f"{name}.svg").read_text(encoding="utf-8")
         assert drawn == drawings.svg(name) and "<desc" in drawn, f"run make drawings: {name}.svg"
-
-
-def test_readme_check_sees_a_change(scripts, monkeypatch, tmp_path):
-    readme = scripts("readme")
-    (tmp_path / "nbs").mkdir()
-    shutil.copy(ROOT / "nbs" / "index.ipynb", tmp_path / "nbs")
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    for arguments in (["readme.py"], ["readme.py", "--check"]):
-        monkeypatch.setattr(sys, "argv", arguments)
-        readme.main()
-    (tmp_path / "README.md").write_text("edited by hand")
-    with pytest.raises(SystemExit, match="make readme"):
-        readme.main()
 
 
 def test_the_colab_cell_acts_in_colab_only(scripts, monkeypatch):
@@ -140,29 +106,26 @@ def test_the_colab_cell_acts_in_colab_only(scripts, monkeypatch):
     assert [line.split()[0] for line in ran] == ["test", "pip", "cd"] and colab.REPO in ran[0]
 
 
-def write_notebook(path, *cells):
-    "Code cells, each with its stored text."
-    stored = lambda text: [nbformat.v4.new_output("stream", text=text)] if text else []
-    made = [nbformat.v4.new_code_cell(code, outputs=stored(text)) for code, text in cells]
-    nbformat.write(nbformat.v4.new_notebook(cells=made), path)
-    return path
-
-
 def test_running_again_shows_what_changed_and_leaves_a_failing_notebook(scripts, tmp_path, capsys):
-    path = write_notebook(tmp_path / "a.ipynb", ("print(1 + 1)", "3\n"), ("#| slow\nprint('kept')", "measured\n"))
+    path = tmp_path / "a.ipynb"
+    stored = {"print(1 + 1)": "3\n", "#| slow\nprint('kept')": "measured\n"}
+    output = lambda text: nbformat.v4.new_output("stream", text=text)
+    cells = [nbformat.v4.new_code_cell(code, outputs=[output(text)]) for code, text in stored.items()]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     assert scripts("notebooks").run_and_say(path)
     out = capsys.readouterr().out
     assert "a.ipynb" in out and "    -3" in out and "    +2" in out
     assert [c.outputs[0].text for c in nbformat.read(path, 4).cells] == ["2\n", "measured\n"]
-    path = write_notebook(tmp_path / "b.ipynb", ("print(1)", "0\n"), ("raise KeyError('lost')", ""))
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("raise KeyError('lost')")]), path)
     before = path.read_bytes()
     assert not scripts("notebooks").run_and_say(path)
-    assert "b.ipynb fails: KeyError: 'lost'" in capsys.readouterr().err and path.read_bytes() == before
+    assert "a.ipynb fails: KeyError: 'lost'" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_types_and_style():
     "mypy on the package, ruff on what is written by hand."
     pytest.importorskip("mypy")
-    for command in (["mypy"], ["ruff", "format", "--check", *FORMATTED], ["ruff", "check", *FORMATTED]):
+    written = ["nbs", "tests", "scripts"]
+    for command in (["mypy"], ["ruff", "format", "--check", *written], ["ruff", "check", *written]):
         run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stdout[-3000:]
