@@ -1,6 +1,7 @@
 """The stand-in for Quarto: the same processed pages rendered by pandoc, on which Quarto itself is built."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 
 HERE = Path(__file__).parent
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*)\n?", re.M)
+READER = "markdown-implicit_figures+lists_without_preceding_blankline-smart"
 WORDS = {"fig": "Figure", "eq": "Equation"}
 
 
@@ -102,6 +104,17 @@ def turn(order: list, pages: dict, name: str) -> str:
     return link(before, "← {}") + "<span></span>" + link(after, "{} →")
 
 
+def pandoc(text: str, *options) -> str:
+    "Pandoc's answer to Markdown."
+    command = [pypandoc.get_pandoc_path(), "-f", READER, *options]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def stem(front: dict) -> str:
+    "A page's name without its ending."
+    return Path(front["output-file"]).stem
+
+
 def render_page(name: str, pages: dict, website: dict, out: Path):
     "Write one page with pandoc; links to sources become links to pages."
     (front, text), contents = pages[name], website["sidebar"]["contents"]
@@ -113,16 +126,49 @@ def render_page(name: str, pages: dict, website: dict, out: Path):
         "favicon": website["favicon"],
         "title": front["title"],
         "description": front.get("description") or "",
+        "twin": f"{stem(front)}.llms.md",
     }
-    reader = "markdown-implicit_figures+lists_without_preceding_blankline-smart"
-    command = [pypandoc.get_pandoc_path(), "-f", reader, "-t", "html5", "--mathml", "--standalone", "--toc"]
-    command += ["--toc-depth=3", "--template", HERE / "standin.html", "-M", f"title={front['title']}"]
-    command += [word for key, value in variables.items() for word in ("-V", f"{key}={value}")]
+    options = ["-t", "html5", "--mathml", "--standalone", "--toc", "--toc-depth=3", "-M", f"title={front['title']}"]
+    options += [word for key, value in variables.items() for word in ("-V", f"{key}={value}")]
     text = re.sub(r"^(`{3,}) ?sh$", r"\1bash", text, flags=re.M)
-    page = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=True).stdout
+    page = pandoc(text, "--template", HERE / "standin.html", *options)
     files = {source: front["output-file"] for source, (front, _) in pages.items()}
     page = re.sub(r'href="([\w.-]+\.(?:ipynb|qmd))', lambda m: f'href="{files.get(m[1], m[1])}', page)
     (out / front["output-file"]).write_text(page, encoding="utf-8")
+
+
+def write_twin(name: str, pages: dict, out: Path):
+    "The page as plain Markdown, PAGE.llms.md, as Quarto's `llms-txt` makes it; a plot is its description."
+    front, text = pages[name]
+    text = re.sub(r"`{3,} \{=html\}\n.*?\n`{3,}", "", text, flags=re.S)
+    text = pandoc(re.sub(r"!\[([^\n]*)\]\(data:[^)]*\)", r"[Picture: \1]", text), "-t", "gfm-raw_html", "--wrap=none")
+    files = {source: f"{stem(front)}.llms.md" for source, (front, _) in pages.items()}
+    text = re.sub(r"\]\(([\w.-]+\.(?:ipynb|qmd))", lambda m: f"]({files.get(m[1], m[1])}", text)
+    head = f"# {front['title']}\n\n> {front.get('description') or front['title']}\n\n"
+    (out / f"{stem(front)}.llms.md").write_text(head + text, encoding="utf-8")
+
+
+def sections(file: str, title: str, page: str) -> list[list[str]]:
+    "Address, title, heading and text of each section of a page, for the search."
+    text = page.partition("<header>")[2].partition('<nav class="turn"')[0]
+    first, *rest = re.split(r'<h[23][^>]* id="([^"]+)"[^>]*>(.*?)</h[23]>', text, flags=re.S)
+    found = []
+    for anchor, *parts in [("", "", first), *zip(rest[::3], rest[1::3], rest[2::3])]:
+        plain = [re.sub(r"<script.*?</script>|<[^>]+>", " ", part, flags=re.S) for part in parts]
+        found.append([f"{file}#{anchor}".rstrip("#"), title, *(" ".join(html.unescape(p).split()) for p in plain)])
+    return found
+
+
+def write_lists(pages: dict, website: dict, out: Path):
+    "llms.txt, which lists the Markdown pages; and search.js, the sections of all pages."
+    fronts, found = [front for front, _ in pages.values()], []
+    lines = [f"# {website['title']}", f"> {website['description']}", "## Pages"]
+    links = [f"- [{front['title']}]({website['site-url']}/{stem(front)}.llms.md)" for front in fronts]
+    (out / "llms.txt").write_text("\n\n".join([*lines, "\n".join(links)]) + "\n", encoding="utf-8")
+    for front in fronts:
+        page = (out / front["output-file"]).read_text(encoding="utf-8")
+        found += sections(front["output-file"], front["title"], page)
+    (out / "search.js").write_text(f"window.SECTIONS = {json.dumps(found, ensure_ascii=False)}\n", encoding="utf-8")
 
 
 def render(proc: Path, out: Path):
@@ -131,6 +177,9 @@ def render(proc: Path, out: Path):
     pages = {name: read_page(proc / name) for name in project["project"]["render"]}
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(proc / "images", out / "images")
-    shutil.copy(HERE / "standin.css", out)
+    for file in ("standin.css", "standin.js"):
+        shutil.copy(HERE / file, out)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: render_page(name, pages, project["website"], out), pages))
+        list(pool.map(lambda name: write_twin(name, pages, out), pages))
+    write_lists(pages, project["website"], out)

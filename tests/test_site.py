@@ -29,16 +29,20 @@ def site(tmp_path_factory):
     return out
 
 
-def test_every_notebook_is_a_page(site):
+def test_every_notebook_is_a_page_with_a_markdown_twin(site):
+    listed, searched = ((site / name).read_text(encoding="utf-8") for name in ("llms.txt", "search.js"))
     for path in sorted((ROOT / "nbs").glob("*.ipynb")):
-        text = (site / f"{re.sub(r'^[0-9]+_', '', path.stem)}.html").read_text(
-            encoding="utf-8"
-        )  # nbdev drops the number
+        name = re.sub(r"^[0-9]+_", "", path.stem)  # nbdev drops the number
+        text = (site / f"{name}.html").read_text(encoding="utf-8")
         assert re.search(r"<title>[^<]+ · d2mora</title>", text) and "#| hide" not in text, path
         assert f"/nbs/{path.name}" in text and "google.colab" not in text, path
+        twin = (site / f"{name}.llms.md").read_text(encoding="utf-8")
+        assert twin.startswith("# ") and ".ipynb)" not in re.sub(r"\(https?:\S+", "", twin), path
+        assert "data:image" not in twin and f"/{name}.llms.md)" in listed, path
     text = (site / "routers.html").read_text(encoding="utf-8")
     assert 'id="many_to_many"' in text and "<details open><summary>Exported source" in text
     assert "<summary>Code of the plot</summary>" in text and "Figure 1. Left" in text and ">Equation 1</a>" in text
+    assert '"routers.html#many_to_many"' in searched
     assert 'href="routers.html#many_to_many"' in (site / "api.html").read_text(encoding="utf-8")
 
 
