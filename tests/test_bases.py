@@ -1,14 +1,11 @@
-"""Small random models of many families, Conv1D and bitsandbytes among them: adapted by default targets, trained, saved, loaded, generating, exported."""
+"""Small random models of several families, GPT-2's Conv1D and bitsandbytes: default targets, training, saving, generation, export."""
 
-import copy
 import warnings
 
 import peft
 import pytest
 import torch
 import transformers
-from peft.tuners import lora
-from torch import nn
 
 import d2mora
 from d2mora import tuner
@@ -88,70 +85,6 @@ def check_export(model, ids, folder, fresh):
         loaded = peft.PeftModel.from_pretrained(fresh, folder).eval()
         for answer in (static(ids).logits, loaded(ids).logits, loaded.merge_and_unload()(ids).logits):
             assert difference(answer, expected) < 1e-3 * expected.abs().max()
-
-
-def test_gpt2_under_zero_3_has_its_sizes_beside_the_weight():
-    base = small("gpt 2")
-    for name, p in base.named_parameters():
-        if "c_attn.weight" in name:
-            p.ds_shape, p.data = p.shape, torch.empty(0)
-    model = peft.get_peft_model(base, config(target_modules=["c_attn"]))
-    layer = next(m for m in model.modules() if isinstance(m, tuner.D2MoraLinear))
-    assert (layer.in_features, layer.out_features) == (64, 192)
-
-
-def test_what_lora_must_not_adapt_in_mamba_we_must_not_either():
-    sizes = dict(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=1)
-    mamba = transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(**sizes))
-    for targets in (["in_proj", "out_proj"], "all-linear"):
-        for method in (config(target_modules=targets), peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM")):
-            with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
-                peft.get_peft_model(copy.deepcopy(mamba), method)
-    assert adapted_layers(peft.get_peft_model(mamba, config(target_modules=["in_proj"]))) == {"in_proj"}
-
-
-class Packed(nn.Module):
-    "A quantizer's layer: no linear layer by class, its numbers in a buffer."
-
-    def __init__(self, layer):
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.register_buffer("qweight", (127 * layer.weight.detach()).round().to(torch.int8))
-
-    def forward(self, x):
-        return x @ self.qweight.T.to(x.dtype) / 127
-
-
-def test_a_quantizer_that_lora_takes_is_taken(monkeypatch):
-    class Twin(lora.Linear):
-        pass
-
-    def dispatch(target, name, **given):
-        sizes = (target.in_features, target.out_features) if isinstance(target, Packed) else None
-        return Twin(nn.Linear(*sizes), name, **given) if sizes else None
-
-    base, ids = tiny_llama(), tokens()
-    base.model.layers[0].self_attn.q_proj = Packed(base.model.layers[0].self_attn.q_proj)
-    with pytest.raises(ValueError, match="not a .*Packed"):
-        peft.get_peft_model(base, config(target_modules=["q_proj"]))
-    plain = base(ids).logits
-    monkeypatch.setattr(lora.model, "dispatch_hqq", dispatch)
-    model = fill(peft.get_peft_model(base, config(target_modules=["q_proj"]))).eval()
-    assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer, Packed)
-    assert difference(model(ids).logits, plain) > 1e-2
-
-
-def test_unknown_architecture_asks_for_targets():
-    class Own(nn.Module):
-        config = {"model_type": "own"}
-
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Linear(8, 8)
-
-    with pytest.raises(ValueError, match="target_modules"):
-        peft.get_peft_model(Own(), config(task_type=None))
-    assert adapted_layers(peft.get_peft_model(Own(), config(task_type=None, target_modules=["first"]))) == {"first"}
 
 
 # --- bitsandbytes -------------------------------------------------------------------------------------------------------------------

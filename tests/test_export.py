@@ -14,9 +14,8 @@ import torch
 import transformers
 
 from d2mora.cli import main
-from d2mora.data import DataConfig, read_task
+from d2mora.data import read_task
 from d2mora.evaluate import evaluate, load_target
-from d2mora.evaluate import test_rows as rows_to_grade
 from d2mora.export import calibrate, distill, divergence, encoded_rows, export, fitted_map, low_rank, static_lora
 from d2mora.recipe import load_base
 from d2mora.toy import toy_base, toy_rows
@@ -122,14 +121,6 @@ def tied_adapter(folder, dtype=torch.float32, **fields):
     return folder / "base", folder / "adapter"
 
 
-def expected_lora(adapter, tasks):
-    "The fitted LoRA of the routed model as it was before any export, on the rows that `export` takes."
-    model, tokenizer, _ = load_target(adapter)
-    config = DataConfig(path="toy", cutoff=128)
-    train = [row for task in tasks for row in encoded_rows(tokenizer, config, task, "train", SMALL["rows"])]
-    return static_lora(model, calibrate(model, train))
-
-
 TIED = {  # what is adapted on a base with tied embeddings, its precision, and whether it is exported merged
     "lm_head and others": (dict(target_modules=["lm_head", "q_proj"]), True),
     "embeddings saved whole": (dict(modules_to_save=["embed_tokens"]), True),
@@ -147,11 +138,7 @@ def test_the_card_says_what_lies_on_the_disk(what, tmp_path):
     written = json.loads((place / "export.json").read_text())["costs"]["fitted"]["tasks"]
     assert {t: own["accuracy"] for t, own in graded.items()} == {t: own["accuracy"] for t, own in written.items()}
     assert f"library_name: {'transformers' if merge else 'peft'}" in (place / "README.md").read_text()
-    whole, tokenizer, _ = load_target(place)
-    ids = tokenizer(rows_to_grade("toy", ["piqa"], 1)["piqa"][0]["instruction"], return_tensors="pt").input_ids
-    with torch.no_grad():
-        expected, read = expected_lora(adapter, SMALL["tasks"])(ids).logits.float(), whole.eval()(ids).logits.float()
-    assert difference(read, expected) < (0.05 if what == "bf16" else 1e-3) * expected.abs().max()
+    whole = load_target(place)[0]
     if "embed" not in what:
         before = load_base(str(folder))[0].get_input_embeddings().weight
         assert torch.equal(whole.get_input_embeddings().weight, before)

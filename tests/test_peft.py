@@ -103,18 +103,6 @@ def test_low_precision_base(dtype, cast):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_autocast():
-    model, ids = adapted(lora_dropout=0.1), tokens()
-    exact = model(ids).logits
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(ids).logits
-        model.train()(ids, labels=ids).loss.backward()
-    assert difference(logits, exact) < 0.1 * exact.abs().max()
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
-    assert max(g.abs().max() for g in grads) > 1e-4
-
-
 @pytest.mark.parametrize("shape", [(48,), (2, 3, 4, 48), (2, 0, 48)])
 def test_plain_mlp_any_leading_shape(shape):
     net = nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8))
