@@ -22,19 +22,13 @@ def norm(model):
     return sum(p.grad.norm() for p in trained(model) if p.grad is not None)
 
 
-def test_values_and_gradient():
-    "Pairs add up; the gradient is right wherever the loss is smooth, and finite where experts are zero, equal or opposite."
-    W = torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True)
-    cosine = torch.nn.functional.cosine_similarity
-    pairs = sum(cosine(W[i].flatten(), W[j].flatten(), dim=0).abs() for i in range(5) for j in range(i))
-    torch.testing.assert_close(similarity(W), pairs, rtol=1e-4, atol=1e-5)
-    assert torch.autograd.gradcheck(similarity, W)
+def test_the_gradient_is_finite_where_experts_are_zero_equal_or_opposite():
+    assert torch.autograd.gradcheck(similarity, torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True))
     one = torch.ones(2, 5)
     for experts in (torch.zeros(4, 2, 5), one.expand(3, 2, 5), torch.stack([one, -one, 0 * one])):
         experts = experts.clone().requires_grad_()
         similarity(experts).backward()
         assert experts.grad.isfinite().all()
-    assert orthogonality_loss(adapted(num_down_experts=1, num_up_experts=1), parts=True) == (0, 0)
 
 
 def test_hook_equals_a_term_in_the_loss():
