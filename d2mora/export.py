@@ -365,7 +365,7 @@ def _write_card(folder: Path, base: str, found: dict, merge: bool) -> None:
     text = _CARD.format(**facts, costs=cost_table(costs), advice=_advice(form, costs[form]))
     write_text(folder / "README.md", text)
 
-# %% ../nbs/15_deployment.ipynb #09e44f3c
+# %% ../nbs/15_deployment.ipynb #97dff0fc
 def _export_one(model, tokenizer, config, settings: ExportSettings, base: str, tasks: list[str], folder: Path) -> dict:
     "Make the forms, write one, read it back, and measure them."
     encoded = lambda split, n: [row for task in tasks for row in encoded_rows(tokenizer, config, task, split, n)]
@@ -385,7 +385,7 @@ def _export_one(model, tokenizer, config, settings: ExportSettings, base: str, t
 
 
 def _loaded(target, base: str | None, data: str | None, tasks: list[str] | None, settings: ExportSettings) -> tuple:
-    "Settings and tasks with what the run knows filled in, the model, its tokenizer and the DataConfig."
+    "The model, its tokenizer, the DataConfig, the tasks, and the settings with what the run knows filled in."
     model, tokenizer, config = load_target(target, base)
     config = config or DataConfig(path=data)
     path = data_path(replace(config, path=data or config.path))
@@ -395,7 +395,7 @@ def _loaded(target, base: str | None, data: str | None, tasks: list[str] | None,
     _check_rank(model.peft_config["default"], settings.rank)
     if settings.learning_rate is None and (recipe := Path(target) / "recipe.yaml").is_file():
         settings = replace(settings, learning_rate=load_recipe(recipe).training.get("learning_rate"))
-    return settings, tasks, on_device(model), tokenizer, config
+    return on_device(model), tokenizer, config, tasks, settings
 
 
 def export(
@@ -417,8 +417,8 @@ def export(
         if folder.exists():
             raise ValueError(f"'{folder}' exists: name a folder that is not there yet")
         try:
-            chosen, tasks, *loaded = _loaded(target, base, data, tasks, chosen)
-            job = partial(_export_one, *loaded, chosen, name)
+            model, tokenizer, config, tasks, chosen = _loaded(target, base, data, tasks, chosen)
+            job = partial(_export_one, model, tokenizer, config, chosen, name)
             found = {task: job([task], made / task) for task in tasks} if per_task else {"": job(tasks, made)}
             publish(made, folder)
         finally:
