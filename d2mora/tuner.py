@@ -348,7 +348,9 @@ def watch_layers(
 
     def look(name, layer, args, kwargs):
         if kwargs.get("adapter_names"):
-            raise ValueError("routing is recorded of one adapter at a time: choose it by set_adapter, not adapter_names")
+            raise ValueError(
+                "routing is recorded of one adapter at a time: choose it by set_adapter, not adapter_names"
+            )
         for adapter in [a for a in layer.active_adapters if a in layer.d2mora_A][-1:]:
             see(name, layer, adapter, args[0])
 
