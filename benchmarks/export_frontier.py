@@ -4,25 +4,24 @@
     python benchmarks/export_frontier.py --world real    # D2MoRA on stories260K; writes nbs/results/export-real.json, about half an hour
 
 The real adapter is runs/grade-real/D2MoRA, which is trained first where it is missing (as `grade_main_job.py --world real` does).
-Measured: both routers at their mean; the fitted map cut to each rank; the same distilled; and, as the other form that was
-thought of, the fitted map from answer tokens alone. Then one export for all tasks against one for each task.
+Measured: the fitted map cut to each rank, and the same distilled. Then one export for all tasks against one for each task.
 """
 
 import argparse
 import json
 import platform
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import transformers
 
-import d2mora.export
+from d2mora.data import data_path
 from d2mora.evaluate import load_target, test_rows
-from d2mora.export import ExportSettings, adapt_settings, add_moments, calibrate, distill, encoded_rows, measure
-from d2mora.export import static_lora
+from d2mora.export import calibrate, distill, encoded_rows, measure, static_lora
+from d2mora.recipe import load_recipe, max_positions
 from d2mora.utils import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,45 +51,22 @@ def trained(world: str) -> Path:
     return folder
 
 
-def answer_moments(model, rows: list[dict]) -> dict:
-    "What `calibrate` gives, from the tokens alone that precede a graded one."
-    total, tokens = {}, 0
-    for row in rows:
-        first, last = max(row["target_start"] - 1, 0), len(row["input_ids"]) - 1
-        narrow = lambda sums, layer, adapter, x: add_moments(sums, layer, adapter, x[:, first:last])
-        with patch.object(d2mora.export, "add_moments", narrow):
-            found = calibrate(model, [row])
-        tokens += last - first
-        for layer, own in found.items():
-            sums = total.setdefault(layer, {})
-            for name, value in own.items():
-                sums[name] = sums.get(name, 0) + (last - first) * value
-    return {layer: {name: value / tokens for name, value in own.items()} for layer, own in total.items()}
-
-
 def forms_of(model, tokenizer, rows, world, learning_rate):
-    "Yield (name, static model) for every form and rank, one after the other: only one is kept at a time."
-    moments, answers = calibrate(model, rows), answer_moments(model, rows)
-    config, ranks = model.peft_config["default"], world["ranks"]
-    yield "mean", static_lora(model, moments, "mean")
-    for rank in ranks:
-        yield f"fitted R {rank}", static_lora(model, moments, "fitted", rank)
-    for rank in (config.r, ranks[-1]):
-        yield f"answers R {rank}", static_lora(model, answers, "fitted", rank)
+    "Yield (form, rank, static model) for every form and rank, one after the other: only one is kept at a time."
+    moments = calibrate(model, rows)
+    for rank in world["ranks"]:
+        yield "fitted", rank, static_lora(model, moments, rank)
     for rank in world["distilled"]:
-        static = static_lora(model, moments, "fitted", rank)
+        static = static_lora(model, moments, rank)
         distill(model, static, rows, tokenizer, world["steps"], learning_rate)
-        yield f"distilled R {rank}", static
+        yield "distilled", rank, static
 
 
 def by_task(model, tokenizer, config, tasks, train, limit, rank) -> dict:
     "One LoRA for all tasks against one for each, on each task's rows."
-    shared, found = (
-        static_lora(model, calibrate(model, [row for own in train.values() for row in own]), "fitted", rank),
-        {},
-    )
+    shared, found = static_lora(model, calibrate(model, [row for own in train.values() for row in own]), rank), {}
     for task in tasks:
-        own = static_lora(model, calibrate(model, train[task]), "fitted", rank)
+        own = static_lora(model, calibrate(model, train[task]), rank)
         costs = measure(
             model,
             {"all": shared, "own": own},
@@ -99,7 +75,7 @@ def by_task(model, tokenizer, config, tasks, train, limit, rank) -> dict:
             encoded_rows(tokenizer, config, task, "test", 32),
             config.prompt,
         )
-        found[task] = {"routed": costs["own"]["routed"][task]} | {
+        found[task] = {"routed": costs["own"]["routed_average"]} | {
             name: {"agreement": c["agreement"], "accuracy": c["average"], "divergence": c["divergence"]}
             for name, c in costs.items()
         }
@@ -116,25 +92,21 @@ def main():
     began, run, world = time.process_time(), trained(options.world), WORLDS[options.world]
     limit = world["limit"]
     model, tokenizer, config = load_target(run)
-    settings, config = adapt_settings(ExportSettings(), run, config, None, model)
+    config = replace(config, path=data_path(config), cutoff=min(config.cutoff, max_positions(model) or config.cutoff))
+    learning_rate = load_recipe(run / "recipe.yaml").training["learning_rate"]
     train = {task: encoded_rows(tokenizer, config, task, "train", world["rows"]) for task in config.tasks}
     rows, texts = (
         test_rows(config.path, config.tasks, limit),
         [row for task in config.tasks for row in encoded_rows(tokenizer, config, task, "test", 32)],
     )
     forms = {}
-    for name, static in forms_of(
-        model, tokenizer, [row for own in train.values() for row in own], world, settings.learning_rate
-    ):
-        forms |= measure(model, {name: static}, tokenizer, rows, texts, config.prompt)
-        print(
-            name,
-            round(forms[name]["agreement"], 3),
-            round(forms[name]["average"], 3),
-            forms[name]["divergence"],
-            f"{time.process_time() - began:.0f} s",
-            flush=True,
-        )
+    every = [row for own in train.values() for row in own]
+    for form, rank, static in forms_of(model, tokenizer, every, world, learning_rate):
+        name = f"{form} R {rank}"
+        found = measure(model, {name: static}, tokenizer, rows, texts, config.prompt)[name]
+        forms[name] = found | {"form": form, "rank": rank}
+        figures = [round(found[key], 3) for key in ("agreement", "average", "divergence")]
+        print(name, *figures, f"{time.process_time() - began:.0f} s", flush=True)
     adapter = model.peft_config["default"]
     result = {
         "command": f"python benchmarks/export_frontier.py --world {options.world}",
@@ -142,7 +114,7 @@ def main():
         "rows_a_task": limit,
         "calibration_rows_a_task": world["rows"],
         "steps": world["steps"],
-        "learning_rate": settings.learning_rate,
+        "learning_rate": learning_rate,
         "adapter": f"M {adapter.num_down_experts}, N {adapter.num_up_experts}, r {adapter.r}",
         "forms": forms,
         "per_task_rank": adapter.r,

@@ -20,7 +20,7 @@ from .orthogonality import expert_layers
 from .routers import PAIRINGS, router_widths
 from .utils import check_number, nearest
 
-# %% ../nbs/i_checks.ipynb #9eb3a9d2
+# %% ../nbs/i_checks.ipynb #425c7513
 def misfit(
     pairing: str,  # a key of `PAIRINGS`
     num_down_experts: int,  # M
@@ -37,8 +37,7 @@ def misfit(
 
 def _check_experts(pairing: str, M: int, N: int, r: int) -> None:
     "Raise a ValueError if the pairing cannot work with M and N, and say which numbers would."
-    wrong = misfit(pairing, M, N, r)
-    if not wrong:
+    if not (wrong := misfit(pairing, M, N, r)):
         return
     tries = {
         "num_down_experts = num_up_experts": [(M, M), (N, N)],
@@ -49,35 +48,23 @@ def _check_experts(pairing: str, M: int, N: int, r: int) -> None:
     rule = f": it needs {fitting[0]}" if fitting else f" ({wrong})"
     raise ValueError(f"pairing={pairing!r} does not fit num_down_experts={M}, num_up_experts={N}{rule}")
 
-# %% ../nbs/i_checks.ipynb #e263e0a8
-def _check_names(name: str, value: object, pattern: bool = True) -> None:
-    "Raise a ValueError unless the value is None, a list of names or, where one is allowed, a valid pattern."
-    if value is None or isinstance(value, (list, tuple, set)) and all(isinstance(v, str) and v for v in value):
-        return
-    if not (pattern and isinstance(value, str)):
-        forms = "a list of names, or one pattern" if pattern else "a list of names"
-        raise ValueError(f"{name}={value!r}: give {forms}; leave it out for the usual ones")
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{name}={value!r} is no regular expression ({error}): mend it, or list the names") from error
-
-
+# %% ../nbs/i_checks.ipynb #82730105
 def _check_layers(fields: Mapping[str, Any]) -> None:
     "Raise a ValueError if the fields that choose layers are malformed or contradict each other."
-    for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        _check_names(name, fields[name])
-    _check_names("modules_to_save", fields["modules_to_save"], pattern=False)
-    blocks, targets, pattern = fields["layers_to_transform"], fields["target_modules"], fields["layers_pattern"]
-    if blocks is None and pattern:
-        raise ValueError(f"layers_pattern={pattern!r} needs layers_to_transform, the indices of the layers")
+    for name in ("target_modules", "exclude_modules"):
+        try:
+            re.compile(fields[name] if isinstance(fields[name], str) else "")
+        except re.error as error:
+            wrong = f"{name}={fields[name]!r} is no regular expression ({error})"
+            raise ValueError(f"{wrong}: mend it, or list the names") from error
+    if isinstance(saved := fields["modules_to_save"], str):
+        raise ValueError(f"modules_to_save={saved!r}: give a list of names")
+    blocks, targets = fields["layers_to_transform"], fields["target_modules"]
     for block in blocks if isinstance(blocks, (list, tuple)) else [0 if blocks is None else blocks]:
         check_number("layers_to_transform", block, 0, whole=True)
     if blocks is not None and isinstance(targets, str) and targets != "all-linear":
-        raise ValueError(
-            f"layers_to_transform={blocks!r} does not narrow the pattern target_modules={targets!r}: "
-            "list names, or put the blocks into the pattern"
-        )
+        wrong = f"layers_to_transform={blocks!r} does not narrow the pattern target_modules={targets!r}"
+        raise ValueError(f"{wrong}: list names, or put the blocks into the pattern")
 
 
 def check_config(
@@ -97,18 +84,14 @@ def check_config(
     _check_experts(fields["pairing"], fields["num_down_experts"], fields["num_up_experts"], fields["r"])
     _check_layers(fields)
 
-# %% ../nbs/i_checks.ipynb #20006a5b
+# %% ../nbs/i_checks.ipynb #23a77a43
 _NOT_OURS = {  # fields of LoraConfig, and what to do instead
     "target_parameters": "parameters that belong to no linear layer stay frozen; name linear layers in target_modules",
     "trainable_token_indices": "train the whole embedding by modules_to_save=['embed_tokens']",
-    "ensure_weight_tying": "untie the embedding from the output layer, or leave both out of modules_to_save",
     "bias": "biases stay frozen",
     "use_rslora": "multiply lora_alpha by the square root of r",
     "use_dora": "a magnitude needs the merged matrix, and this update depends on the token",
-    "rank_pattern": "give these layers an adapter of their own and activate both",
-    "alpha_pattern": "give these layers an adapter of their own and activate both",
-    "fan_in_fan_out": "it is found out from the layer",
-    "init_lora_weights": "A's and routers start as nn.Linear does, B's at zero",
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), "give these layers an adapter of their own and activate both"),
 }
 
 
@@ -121,7 +104,7 @@ def check_known_fields(
         reason = f": {_NOT_OURS[name]}" if name in _NOT_OURS else nearest(name, known)
         raise TypeError(f"D2MoraConfig has no {name}{reason}")
 
-# %% ../nbs/i_checks.ipynb #b7e836e0
+# %% ../nbs/i_checks.ipynb #51ca7e7b
 def _leaves(model: nn.Module, kind: tuple[type, ...] = (nn.Module,)) -> list[str]:
     "The names that modules of a kind have within their parents."
     return sorted({name.rpartition(".")[-1] for name, m in model.named_modules() if name and isinstance(m, kind)})
@@ -142,29 +125,14 @@ def no_match(
     model: nn.Module,  # none of its layers was matched
 ) -> str:
     "The message for a configuration that matches no layer."
-    targets = fields["target_modules"]
+    targets = fields["target_modules"] or []
     if not targets:
-        shown = repr(targets if isinstance(targets, str) else [])
-        return f"target_modules={shown}: give a list of names, or one pattern; leave it out for the usual ones"
+        return "target_modules=[]: give a list of names, or one pattern; leave it out for the usual ones"
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
     narrow = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     limits = ", ".join(f"{name}={fields[name]!r}" for name in narrow if fields[name] not in (None, [], set(), ""))
-    wanted = [targets] if isinstance(targets, str) else sorted(targets)
-    left = f"; {limits} may leave none" if limits else ""
-    return (
-        f"target_modules={wanted} match no layer of {type(model).__name__} ({_missed_targets(wanted, model)[1]}{left})"
-    )
-
-
-def _outside_linear_layers(model: nn.Module) -> dict[str, int]:
-    "Number of elements of each kind of weight with three or more dimensions, in modules that are not PyTorch's own."
-    found: dict[str, int] = {}
-    own = [(name, m) for name, m in model.named_modules() if not type(m).__module__.startswith("torch.nn")]
-    for name, module in own:
-        for part, p in module.named_parameters(recurse=False):
-            if sum(size > 1 for size in p.shape) > 2:
-                key = f"{name.rpartition('.')[-1]}.{part}"
-                found[key] = found.get(key, 0) + p.numel()
-    return found
+    hint = _missed_targets(wanted, model)[1] + (f"; {limits} may leave none" if limits else "")
+    return f"target_modules={wanted} match no layer of {type(model).__name__} ({hint})"
 
 
 _HEADS = {"classifier", "score", "qa_outputs"}  # PEFT adds them itself for tasks other than language modelling
@@ -174,22 +142,16 @@ def check_against_model(
     fields: Mapping[str, Any],  # of a configuration, by name
     model: nn.Module,  # to be adapted
 ) -> None:
-    "Raise a ValueError for a module to save that the model lacks; warn of targets and of matrices that are left out."
+    "Raise a ValueError for a module to save that the model lacks; warn of targets that match nothing."
     targets, kind = fields["target_modules"], type(model).__name__
     for name in set(fields["modules_to_save"] or ()) - _HEADS:
         if not any(own.endswith(name) for own, _ in model.named_modules()):
             raise ValueError(f"modules_to_save: {kind} has no module '{name}'{nearest(name, _leaves(model))}")
-    if str(targets).lower() == "all-linear" and (left := _outside_linear_layers(model)):
-        share = sum(left.values()) / sum(p.numel() for p in model.parameters())
-        warnings.warn(
-            f"target_modules='all-linear' leaves out {', '.join(left)}, {share:.0%} of {kind}: "
-            "they are no linear layers and stay frozen; PEFT's LoRA adapts them by target_parameters"
-        )
     missed, hint = _missed_targets(targets if isinstance(targets, set) else (), model)
     if missed and len(missed) < len(targets):
         warnings.warn(f"target_modules {missed} match no layer of {kind} and are left out ({hint})")
 
-# %% ../nbs/i_checks.ipynb #7837dce7
+# %% ../nbs/i_checks.ipynb #7ab78cf5
 def check_row_names(
     names: object,  # `adapter_names`: an adapter for each row, or "__base__"
     known: Iterable[str],  # the adapters of the model
@@ -197,17 +159,14 @@ def check_row_names(
 ) -> None:
     "Raise a ValueError if the rows of a batch name no adapter, or in training."
     if training:
-        raise ValueError(
-            "adapter_names in training mode: call model.eval() first, or train one adapter at a time by set_adapter"
-        )
+        raise ValueError("adapter_names in training mode: call model.eval(), or train one adapter by set_adapter")
     if not isinstance(names, (list, tuple)):
         raise ValueError(f"adapter_names={names!r}: give a list, one name for each row")
     choices = [*known, "__base__"]
-    for name in names:
-        if name not in choices:
-            raise ValueError(f"adapter_names: no adapter is called {name!r}{nearest(str(name), choices)}")
+    if unknown := [name for name in names if name not in choices]:
+        raise ValueError(f"adapter_names: no adapter is called {unknown[0]!r}{nearest(unknown[0], choices)}")
 
-# %% ../nbs/i_checks.ipynb #4b4b6faf
+# %% ../nbs/i_checks.ipynb #874fba95
 class InertLossWarning:
     "A forward hook that warns once if training changes the experts although λ > 0 is applied by nobody."
 
@@ -224,13 +183,7 @@ class InertLossWarning:
         moved, self.version = self.version not in (None, version), version
         applied = any(layer.orthogonality_applied for layer in layers) or all(weight == 0 for *_, weight in experts)
         if moved and not applied:
-            warnings.warn(
-                "orthogonality_weight > 0 is not applied: call attach_orthogonality(model, optimizer), "
-                "or add orthogonality_loss(model)"
-            )
-        if moved or applied:
-            self.remove()
-
-    def remove(self) -> None:
-        for handle in self.handles:
+            mend = "call attach_orthogonality(model, optimizer), or add orthogonality_loss(model)"
+            warnings.warn(f"orthogonality_weight > 0 is not applied: {mend}")
+        for handle in self.handles if moved or applied else ():
             handle.remove()

@@ -20,7 +20,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-# %% ../nbs/f_command.ipynb #c5e04b5c
+# %% ../nbs/f_command.ipynb #69cd055b
 class Folder(click.Path):
     "A folder to be made; an empty name, as of an unset variable of the shell, is refused."
 
@@ -42,13 +42,11 @@ class Listed(click.ParamType):
         self.kind = kind
 
     def convert(self, value, param, ctx):
-        if not isinstance(value, str):
-            return value
         try:
             parts = [self.kind(part.strip()) for part in value.split(",") if part.strip()]
         except ValueError:
-            numbers = "whole numbers" if self.kind is int else "numbers"
-            self.fail(f"'{value}' is not a list of {numbers} with commas between", param, ctx)
+            kind = "whole " * (self.kind is int)
+            self.fail(f"'{value}' is not a list of {kind}numbers with commas between", param, ctx)
         return parts or self.fail("it names nothing: leave it out, or put commas between names", param, ctx)
 
 # %% ../nbs/f_command.ipynb #e9850cf0
@@ -140,7 +138,7 @@ def _train(recipe, output, resume):
     click.echo(f"report:  {run / 'report.md'}, pictures in {run / 'plots'}")
     click.echo(f"next:    d2mora evaluate {run}")
 
-# %% ../nbs/f_command.ipynb #660dc934
+# %% ../nbs/f_command.ipynb #a67a2dcb
 @app.command(short_help="Grade runs, adapters or a bare base; or ask one question.")
 @click.argument("targets", nargs=-1, metavar="[DIR ...]")
 @click.option("--base", help="In place of the run's base; alone: grade that base.")
@@ -190,12 +188,12 @@ def _print_answers(question, target, base):
 
 
 def _print_result(target, base, paper, options):
-    "Grade one target; print its table, and the paper's where asked for."
+    "Grade one target; the first process prints its table, and the paper's where asked for."
     from d2mora.evaluate import NOTE, evaluate, how, join, paper_table, result_table
 
     result = evaluate(target, base, **options)
     if join()[0]:
-        return  # of several processes the first one prints
+        return
     click.echo(f"{target or base}: protocol {result['protocol']}, {how(result)}\n{result_table(result)}")
     if paper:
         click.echo(f"\n{paper_table()}\n{NOTE}")
@@ -205,7 +203,7 @@ def _print_result(target, base, paper, options):
 
 
 def _print_comparison(targets, protocol):
-    "Print what holds between several graded folders, and where they disagree."
+    "The first process prints what holds between several graded folders, and where they disagree."
     from d2mora.evaluate import comparison, join, write_disagreements
 
     if join()[0]:
@@ -214,12 +212,12 @@ def _print_comparison(targets, protocol):
     for path, n in write_disagreements(targets, protocol):
         click.echo(f"\nwritten: {path}, {n} rows that they answer differently")
 
-# %% ../nbs/f_command.ipynb #ff2a35b8
-def _last_and_free(base=Path("runs/demo")):
-    "Of base, base-2, base-3, …: the last in a row that exists (or None), and the first that does not."
+# %% ../nbs/f_command.ipynb #da3fac60
+def _demo_folders():
+    "runs/demo, runs/demo-2, …: the last in a row that exists (or None), and the first that does not."
     last = None
     for n in itertools.count(1):
-        path = base if n == 1 else base.with_name(f"{base.name}-{n}")
+        path = Path("runs", "demo" if n == 1 else f"demo-{n}")
         if not path.exists():
             return last, path
         last = path
@@ -240,7 +238,7 @@ def demo(overrides, output, resume):
     from d2mora.compare import BASE_GRADES, run
     from d2mora.recipe import load_recipe
 
-    last, free = _last_and_free()
+    last, free = _demo_folders()
     if resume and not (output or last):
         raise click.UsageError("there is no demo in runs to go on with: leave --resume out, or name it by --output")
     folder = output or (last if resume and last else free)
@@ -251,7 +249,7 @@ def demo(overrides, output, resume):
     recipe = load_recipe(begun) if resume and not overrides and begun.is_file() else load_recipe("demo", overrides)
     click.echo(run(recipe, folder, resume=resume))
 
-# %% ../nbs/f_command.ipynb #07a23b4b
+# %% ../nbs/f_command.ipynb #0e1ffce6
 @app.command(short_help="Train and grade several methods with several seeds.")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[base=NAME] [section.key=value ...]")
@@ -259,9 +257,7 @@ def demo(overrides, output, resume):
 @click.option("--seeds", default="0,1,2,3,4", type=Listed(int), show_default=True)
 @click.option("--budget", default="equal", show_default=True, help="equal (parameters) or paper (its proportions).")
 @click.option(
-    "--learning-rates",
-    type=Listed(float),
-    help="To choose from; default: searched by halving and doubling from the recipe's rate.",
+    "--learning-rates", type=Listed(float), help="To choose from; default: halved and doubled until the best."
 )
 @click.option("--protocols", default="choice", type=Listed(), show_default=True)
 @click.option("--limit", type=int, help="Grade only the first rows of each task.")
@@ -288,7 +284,7 @@ def compare(recipe, overrides, output, **options):
 @click.argument("target", metavar="RUN_OR_ADAPTER")
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--rank", type=int, help="Rank of the LoRA; default: all there is, min(M, N) * r.")
-@click.option("--form", help="mean, fitted or distilled; default: the one that keeps most predictions.")
+@click.option("--form", help="fitted or distilled; default: distilled where --distill is given.")
 @click.option("--distill", default=0, metavar="STEPS", help="Also train the LoRA to predict as the adapter; try 100.")
 @click.option("--learning-rate", type=float, help="Of --distill; default: the run's.")
 @click.option("--per-task", is_flag=True, help="One LoRA for each task, in DIR/TASK.")
@@ -299,7 +295,7 @@ def compare(recipe, overrides, output, **options):
 @click.option("--rows", default=100, show_default=True, help="Training rows a task to calibrate on.")
 @click.option("--limit", default=100, show_default=True, help="Test rows a task to measure with.")
 def export(target, folder, **options):
-    """Make a plain LoRA of RUN_OR_ADAPTER in DIR, say what it costs and which form to take.
+    """Make a plain LoRA of RUN_OR_ADAPTER in DIR, and say what it costs.
 
     \b
     Examples:
@@ -310,12 +306,10 @@ def export(target, folder, **options):
 
     click.echo(summary_of(export(target, folder, **options), folder))
 
-# %% ../nbs/f_command.ipynb #44cb0b68
-_MEND = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
-    errno.ENAMETOOLONG: "take a shorter name",
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "grant access"),
-}
+# %% ../nbs/f_command.ipynb #d086023d
+_MEND = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
+_MEND |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "grant access")
+_MEND |= {errno.ENAMETOOLONG: "take a shorter name"}
 
 
 def explained(

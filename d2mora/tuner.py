@@ -6,19 +6,20 @@
 __all__ = ['CARD_NOTE', 'peft_type', 'D2MoraConfig', 'new_experts', 'mixture', 'update', 'D2MoraLinear', 'D2MoraModel',
            'register_d2mora', 'parameter_groups', 'watch_layers', 'record_routing']
 
-# %% ../nbs/07_tuner.ipynb #1b571788
+# %% ../nbs/07_tuner.ipynb #ff0e9721
 import peft
 import re
 import torch
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS, other
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from typing import Any, cast
 
@@ -54,7 +55,7 @@ def _note_import(folder: Path) -> None:
         if not before and "library_name: peft" in front and CARD_NOTE not in text:
             card.write_text(f"---\n{front}---\n{CARD_NOTE}\n\n{text.lstrip()}", encoding="utf-8")
 
-# %% ../nbs/07_tuner.ipynb #4914027d
+# %% ../nbs/07_tuner.ipynb #aa018a23
 def _option(default: Any, help: str) -> Any:
     "A field of the configuration."
     return field(default=default, metadata={"help": help})
@@ -91,10 +92,6 @@ class D2MoraConfig(peft.PeftConfig):
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
 
     def save_pretrained(self, save_directory, **kwargs):
-        if vars(self).keys() & {"init_weights", "init_lora_weights"}:  # set by PEFT for this one option
-            raise ValueError(
-                "path_initial_model_for_weight_conversion is for methods that change the frozen weights: leave it out"
-            )
         super().save_pretrained(save_directory, **kwargs)
         if "auto_mapping_dict" in kwargs:  # called by PeftModel.save_pretrained, which has just written the card
             _note_import(Path(save_directory))
@@ -232,7 +229,7 @@ def _features(layer: nn.Module) -> tuple[int, int]:
         raise ValueError(f"D2MoRA adapts linear layers only, not a {kind}: take it out of target_modules")
     return lora.in_features, lora.out_features
 
-# %% ../nbs/07_tuner.ipynb #596ee7b8
+# %% ../nbs/07_tuner.ipynb #b61bc09b
 def _default_targets() -> dict[str, list[str]]:
     "The layers to adapt where none are named, by architecture: those of PEFT's LoRA, and k beside q and v."
     with_k = {model: [*n, "k_proj"] if {"q_proj", "v_proj"} <= set(n) else [*n] for model, n in LORA_TARGETS.items()}
@@ -247,16 +244,13 @@ def _names_by_module(tuner: "D2MoraModel", names: list[str], num_beams: int | No
     once = set(encoder.modules()) if encoder is not None else set()
     beams = num_beams if isinstance(num_beams, int) else 1
     for module in tuner.modules():
-        if isinstance(module, (D2MoraLinear, other.AuxiliaryTrainingWrapper)):
+        if isinstance(module, (D2MoraLinear, AuxiliaryTrainingWrapper)):
             yield module, [name for name in names for _ in range(1 if module in once else beams)]
 
 
 def _give_names(names: list[str], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     "A forward hook that adds `adapter_names` to a module's arguments."
     return args, kwargs | {"adapter_names": names}
-
-
-_NoMatch: type[ValueError] = getattr(peft.utils, "NoMatchingPeftModuleError", ValueError)  # earlier versions
 
 
 class D2MoraModel(BaseTuner):
@@ -267,10 +261,10 @@ class D2MoraModel(BaseTuner):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except _NoMatch as error:
-            if _NoMatch is ValueError and not re.match("Target modules|All modules|No ", str(error)):
+        except ValueError as error:
+            if not re.match("Target modules|All modules|No ", str(error)):
                 raise
-            raise _NoMatch(no_match(vars(self.peft_config[adapter_name]), model)) from error
+            raise type(error)(no_match(vars(self.peft_config[adapter_name]), model)) from error
 
     def _prepare_adapter_config(self, peft_config, model_config):
         self.target_module_mapping = _default_targets()
@@ -299,42 +293,25 @@ class D2MoraModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names=None, alora_offsets=None, num_beams=None, **kwargs):
         if alora_offsets is not None:
-            raise ValueError(
-                "alora_offsets belong to LoRA's invocation tokens, which D2MoRA does not have: leave them out"
-            )
+            raise ValueError("alora_offsets: D2MoRA has no invocation tokens as LoRA has: leave them out")
         rows = [] if adapter_names is None else list(_names_by_module(self, adapter_names, num_beams))
-        hooks = [
-            module.register_forward_pre_hook(partial(_give_names, names), with_kwargs=True, prepend=True)
-            for module, names in rows
-        ]
-        try:
+        with ExitStack() as hooks:
+            for module, names in rows:
+                give = partial(_give_names, names)
+                hooks.enter_context(module.register_forward_pre_hook(give, with_kwargs=True, prepend=True))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def unload(self):
-        if hasattr(self, "_inert_warning"):
-            self._inert_warning.remove()
-        return super().unload()
 
     def add_weighted_adapter(self, *args, **kwargs):
-        raise ValueError(
-            "D2MoRA adapters cannot be averaged into one: each has routers of its own; activate several by "
-            "model.base_model.set_adapter([...]), and their updates add up"
-        )
+        instead = "activate several by model.base_model.set_adapter([...]), and their updates add up"
+        raise ValueError(f"D2MoRA adapters cannot be averaged into one, each has routers of its own: {instead}")
 
     def _check_merge_allowed(self):
         raise ValueError(_MERGE_REFUSED)
 
-# %% ../nbs/07_tuner.ipynb #d9144560
+# %% ../nbs/07_tuner.ipynb #4bff6735
 def register_d2mora() -> None:
     "Make `get_peft_model` and `PeftModel.from_pretrained` know the method."
     tables, name = peft.mapping, peft_type("D2MORA")
-    known = tables.PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
-    if known is not None and known.__module__.startswith("peft."):
-        warnings.warn(f"PEFT {peft.__version__} brings its own D2MORA, which stays registered in place of d2mora's")
-        return
     tables.PEFT_TYPE_TO_CONFIG_MAPPING[name] = D2MoraConfig
     tables.PEFT_TYPE_TO_TUNER_MAPPING[name] = D2MoraModel
     tables.PEFT_TYPE_TO_PREFIX_MAPPING[name] = D2MoraModel.prefix
@@ -342,7 +319,7 @@ def register_d2mora() -> None:
 
 register_d2mora()
 
-# %% ../nbs/07_tuner.ipynb #f046723b
+# %% ../nbs/07_tuner.ipynb #9982709b
 def parameter_groups(
     model: nn.Module,  # any model with adapted layers
     down: dict | None = None,  # options of the optimizer for the A's, such as {"lr": 1e-4}
@@ -350,20 +327,18 @@ def parameter_groups(
     routers: dict | None = None,  # for the routers
     others: dict | None = None,  # for what else is trained, such as `modules_to_save`
 ) -> list[dict[str, Any]]:  # for any optimizer; groups without parameters are left out
-    "Sort the trainable parameters into groups; raises a ValueError for a model without experts."
+    "Sort the trainable parameters into groups; raises a ValueError for a model without trained experts."
     options = {"down": down or {}, "up": up or {}, "routers": routers or {}, "others": others or {}}
     sides = dict(zip(D2MoraLinear.adapter_layer_names, ("down", "up", "routers", "routers")))
-    layers = [m for m in model.modules() if isinstance(m, D2MoraLinear)]
-    side = {id(p): sides[part] for m in layers for part in sides for p in getattr(m, part).parameters()}
-    if not side:
-        raise ValueError(f"no experts in {type(model).__name__}: adapt it with a D2MoraConfig")
     groups: dict[str, list] = {name: [] for name in options}
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[side.get(id(p), "others")].append(p)
+            groups[next((side for part, side in sides.items() if f".{part}." in name), "others")].append(p)
+    if not any(groups[side] for side in sides.values()):
+        raise ValueError(f"no experts to train in {type(model).__name__}: adapt it with a D2MoraConfig")
     return [{"params": groups[name], **own} for name, own in options.items() if groups[name]]
 
-# %% ../nbs/07_tuner.ipynb #69a3556a
+# %% ../nbs/07_tuner.ipynb #e675c717
 @contextmanager
 def watch_layers(
     model: nn.Module,  # any model with adapted layers
@@ -374,19 +349,16 @@ def watch_layers(
     def look(name, layer, args, kwargs):
         if kwargs.get("adapter_names"):
             raise ValueError(
-                "record_routing looks at one adapter at a time: leave adapter_names out, and choose it by set_adapter"
+                "routing is recorded of one adapter at a time: choose it by set_adapter, not adapter_names"
             )
         for adapter in [a for a in layer.active_adapters if a in layer.d2mora_A][-1:]:
             see(name, layer, adapter, args[0])
 
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, D2MoraLinear)]
-    handles = [m.register_forward_pre_hook(partial(look, n), with_kwargs=True) for n, m in layers]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, D2MoraLinear):
+                hooks.enter_context(module.register_forward_pre_hook(partial(look, name), with_kwargs=True))
+        yield
 
 
 @contextmanager

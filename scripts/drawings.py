@@ -1114,7 +1114,7 @@ def full():
 @drawing(
     "14_static",
     "From a routed adapter to one LoRA",
-    "A routed adapter is another matrix for every token. Held at their mean, fitted by a regression on calibration rows, or distilled through the whole model, it becomes one pair of matrices that any server takes.",
+    "A routed adapter is another matrix for every token. Fitted by a regression on calibration rows, or distilled through the whole model, it becomes one pair of matrices that any server takes.",
     860,
     300,
 )
@@ -1125,12 +1125,11 @@ def static():
         for z in (85, 150, 215):
             yield arrow((121, y), (159, z), kind="router", head=False, width=1)
     ways = (
-        ("mean", "each router says its mean:\nexactly rank r (M·r)", "frozen"),
         ("fitted", "E[e hᵀ] E[h hᵀ]⁻¹, cut to rank R:\nlayer by layer", "A"),
         ("distilled", "trained a little to predict\nas the routed model does", "B"),
     )
     for i, (name, how, kind) in enumerate(ways):
-        y = 75 + i * 75
+        y = 100 + i * 95
         yield (
             arrow((252, 148), (292, y))
             + box(345, y, 96, 40, name, kind, 14, bold=True)

@@ -164,7 +164,7 @@ export no-run out                                | 'no-run' holds no adapter
 export run full                                  | 'full' exists
 export run out --rank 0                          | rank=0
 export run out --rank 99                         | give 1 to 9
-export run out --form avrage                     | 'avrage' | mean, fitted
+export run out --form avrage                     | 'avrage' | fitted, distilled
 export run out --form distilled                  | --distill 100
 export run out --distill -5                      | distill=-5
 export run out --distill 5 --learning-rate nan   | learning_rate=nan

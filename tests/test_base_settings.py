@@ -9,7 +9,7 @@ import transformers
 from helpers import fill, our_config
 
 from d2mora.cli import main
-from d2mora.evaluate import evaluate, load_target, settings_of
+from d2mora.evaluate import evaluate, load_target
 from d2mora.export import export
 from d2mora.recipe import load_base
 from d2mora.scoring import write
@@ -45,13 +45,6 @@ def test_a_base_does_not_say_how_it_is_graded(habit, plain_texts, tmp_path):
     for model in (base, peft.get_peft_model(base, our_config())):
         assert [write(model, tokenizer, prompts, num_beams=beams) for beams in (1, 4)] == expected
         assert all(getattr(model.generation_config, name) == value for name, value in kept.items())
-
-
-def test_what_a_protocol_writes_with_stands_in_the_settings():
-    plain = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": 2}
-    for protocol, beams in (("choice", 0), ("generate", 1), ("official", 4)):
-        written = settings_of(*load_base("toy"), protocol, "plain").get("generation")
-        assert written == (plain | {"num_beams": beams} if beams else None)
 
 
 @pytest.fixture

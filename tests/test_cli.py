@@ -1,6 +1,5 @@
 """The command: its help, its versions, its exit status, its messages and their advice. What a user may get wrong is in test_bad_input.py."""
 
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 import d2mora.compare
 from d2mora.cli import app, explained, main, versions
 from d2mora.recipe import load_base, load_recipe
-from d2mora.toy import toy_base, toy_rows
+from d2mora.toy import toy_base
 from d2mora.train import check_device, train
 
 ROOT = Path(__file__).parents[1]
@@ -66,12 +65,7 @@ def test_debug_shows_the_traceback_and_version_all_versions(capsys):
 
 def test_what_a_library_warns_of_reaches_the_user():
     "PEFT's warning of tied embeddings, in one line; notes to programmers do not."
-    words = [
-        "training.max_steps=2",
-        "training.warmup_steps=0",
-        "data.tasks=[boolq]",
-        "adapter.target_modules=[lm_head]",
-    ]
+    words = "training.max_steps=2 training.warmup_steps=0 data.tasks=[boolq] adapter.target_modules=[lm_head]".split()
     with warnings.catch_warnings(record=True, action="always") as seen:
         assert main(["train", "demo", *words, "--dry-run"]) == 0
         (warned,) = {str(w.message) for w in seen if "tie_word_embeddings" in str(w.message)}
@@ -124,25 +118,6 @@ SMALL = {"data.tasks": ["boolq"], "training.max_steps": 3, "training.warmup_step
 SMALL |= {"training.per_device_train_batch_size": 1}
 
 
-def test_a_batch_that_lost_its_answers_is_not_blamed_on_the_learning_rate(tmp_path):
-    "Fifteen rows in sixteen lose their answer to a cutoff of 60 tokens, or all of them to one of 20."
-    rows = toy_rows("toy", "boolq", "train")[:16]
-    rows = rows[:1] + [row | {"instruction": "is it so " * 40 + row["instruction"]} for row in rows[1:]]
-    (tmp_path / "data/boolq").mkdir(parents=True)
-    (tmp_path / "data/boolq/train.json").write_text(json.dumps(rows))
-    keys = SMALL | {"data.path": str(tmp_path / "data"), "data.cutoff": 60, "data.truncation": "published"}
-    with pytest.raises(ValueError, match="took their answers: set data.truncation=prompt") as error:
-        train(load_recipe("demo", keys), tmp_path / "run")
-    assert "learning_rate" not in str(error.value)
-    for change, what in (
-        ({"data.cutoff": 20}, "training rows"),
-        ({"data.validation_rows": 2}, "validation rows of boolq"),
-    ):
-        with pytest.raises(ValueError, match=f"takes the whole answer from all {what}: raise it, or set data.trunc"):
-            train(load_recipe("demo", keys | change), tmp_path / "never")
-    assert not (tmp_path / "never").exists()
-
-
 def test_a_base_that_is_broken_is_not_blamed_on_the_learning_rate(tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(toy_base())
     base.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -150,15 +125,6 @@ def test_a_base_that_is_broken_is_not_blamed_on_the_learning_rate(tmp_path):
     base.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="up_proj.*holds NaN or infinity: take another copy of the base"):
         train(load_recipe("demo", SMALL | {"base": str(tmp_path / "base")}), tmp_path / "run")
-
-
-@pytest.mark.parametrize("key, value, message", [
-    ("training.learning_rate", 1e30, "; lower training.learning_rate$"),
-    ("adapter.lora_alpha", 1e38, "nothing is learned yet: lower adapter.lora_alpha"),
-])  # fmt: skip
-def test_an_infinite_gradient_is_blamed_on_what_made_it(key, value, message, tmp_path):
-    with pytest.raises((ValueError, FloatingPointError), match=message):
-        train(load_recipe("demo", SMALL | {"training.max_grad_norm": 0, key: value}), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
