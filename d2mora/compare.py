@@ -24,9 +24,9 @@ from statistics import mean, stdev
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .analysis import Monitor, as_model, draw, layer_similarity, mean_similarity
+from .analysis import Monitor, draw, layer_similarity, mean_similarity
 from .data import collator_for, data_path, prepare, read_rows
-from .evaluate import PROTOCOLS, evaluate, holm, mean_std, own_tasks, percent, report, seeds_table
+from .evaluate import PROTOCOLS, evaluate, holm, load_target, mean_std, own_tasks, percent, report, seeds_table
 from .evaluate import tasks_to_grade, text_table
 from .recipe import Recipe, bare_model, adapted_base, base_shape, check_training
 from .tasks import TASKS
@@ -323,7 +323,7 @@ def one_run(
         found = evaluate(folder, protocol=protocol, tasks=tasks, limit=limit, progress=False)  # rows are graded once
         by_task = {task: {k: own[k] for k in keys} for task, own in found["tasks"].items()}
         grades[protocol] = {"average": found["average"], "tasks": by_task}
-    experts = layer_similarity(as_model(folder)) if recipe.adapter["peft_type"] == "D2MORA" else []
+    experts = layer_similarity(load_target(folder)[0]) if recipe.adapter["peft_type"] == "D2MORA" else []
     similar = {side: mean_similarity(experts, side) for side in ("down", "up")} if experts else {}
     return {
         "seed": recipe.training["seed"],
