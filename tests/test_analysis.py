@@ -59,7 +59,6 @@ BASES = {
     "flattened": (tiny_opt, ["q_proj", "fc1", "fc2"]),
     "sparse": (sparse, "all-linear"),
     "called twice": (looped, ["q_proj", "up_proj"]),
-    "output layer": (lambda: tiny_llama(vocab_size=VOCABULARY), ["q_proj", "k_proj", "lm_head"]),
 }
 
 
