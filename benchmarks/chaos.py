@@ -42,8 +42,18 @@ SMALL = {
     "training.save_strategy": "steps", "training.save_steps": 3, "training.logging_steps": 1, "training.warmup_steps": 2,
     "training.per_device_train_batch_size": 2, "training.use_cpu": True, "training.disable_tqdm": True,
 }  # fmt: skip
-VALIDATES = {"data.validation_rows": 6, "training.gradient_accumulation_steps": 2, "training.eval_strategy": "steps", "training.eval_steps": 4}
-BY_LENGTH = {"data.sampling": "by-length", "training.save_strategy": "epoch", "training.save_total_limit": 2, "training.max_steps": 20}
+VALIDATES = {
+    "data.validation_rows": 6,
+    "training.gradient_accumulation_steps": 2,
+    "training.eval_strategy": "steps",
+    "training.eval_steps": 4,
+}
+BY_LENGTH = {
+    "data.sampling": "by-length",
+    "training.save_strategy": "epoch",
+    "training.save_total_limit": 2,
+    "training.max_steps": 20,
+}
 PAGE = 4096
 UNEVEN = ("training_args.bin",)  # holds a time; nothing is read from it
 
@@ -57,29 +67,42 @@ class Case:
     "A command whose result lies in one folder."
 
     command: str
-    words: list[str]            # without the folder
+    words: list[str]  # without the folder
     processes: int = 1
-    draws: bool = False         # with the pictures that `train` ends with; they take longer than the rest
-    prepared: str = ""          # another case whose result is there beforehand
+    draws: bool = False  # with the pictures that `train` ends with; they take longer than the rest
+    prepared: str = ""  # another case whose result is there beforehand
     events: list = field(default_factory=list)  # (event, path) of each file operation of an undisturbed run
-    seconds: float = 0.0        # that it took
-    bytes: tuple = (0, 0)       # in its folder, before and after
-    largest: int = 0            # bytes of its largest new file
+    seconds: float = 0.0  # that it took
+    bytes: tuple = (0, 0)  # in its folder, before and after
+    largest: int = 0  # bytes of its largest new file
 
 
 class Place:
     "Where everything happens: data, references, and one folder `out/run` that each command writes to, since files name their folder."
 
     def __init__(self, root):
-        self.root, self.data, self.out, self.run, self.kept = root, root / "data", root / "out", root / "out" / "run", root / "kept"
+        self.root, self.data, self.out, self.run, self.kept = (
+            root,
+            root / "data",
+            root / "out",
+            root / "out" / "run",
+            root / "kept",
+        )
         self.out.mkdir(), self.kept.mkdir()
         for task in TASKS:
             (self.data / task).mkdir(parents=True)
             for split, count in (("train", 17), ("test", 12)):
-                (self.data / task / f"{split}.json").write_text(json.dumps(toy_rows("toy", task, split)[:count], indent=1))
+                (self.data / task / f"{split}.json").write_text(
+                    json.dumps(toy_rows("toy", task, split)[:count], indent=1)
+                )
         own = {"data.path": str(self.data)}
         graded = ["--tasks", ",".join(TASKS), "--batch-size", "3", "--data", str(self.data)]
-        few = {"training.max_steps": 4, "data.validation_rows": 6, "training.save_steps": 2, "training.save_strategy": "steps"}
+        few = {
+            "training.max_steps": 4,
+            "data.validation_rows": 6,
+            "training.save_steps": 2,
+            "training.save_strategy": "steps",
+        }
         self.cases = {
             "train": Case("train", ["train", "demo", *words(**own, **VALIDATES)]),
             "train by length": Case("train", ["train", "demo", *words(**own, **BY_LENGTH)]),
@@ -108,7 +131,12 @@ class Place:
     def start(self, case, resume=False, inside=None, rank=0, more=()):
         "Start a command; in its process `rank`, `inside()` is called first. Its processes."
         port = free_port() if case.processes > 1 else 0
-        return [Fork(lambda r=r: command(self.line(case, resume) + list(more), case, r, port, inside if r == rank else None)) for r in range(case.processes)]
+        return [
+            Fork(
+                lambda r=r: command(self.line(case, resume) + list(more), case, r, port, inside if r == rank else None)
+            )
+            for r in range(case.processes)
+        ]
 
     def whole(self, case, **more):
         "A command that nothing disturbs, or that runs on its own into its fault: its exit status, and what it said."
@@ -150,23 +178,57 @@ class Place:
         "Files of the undisturbed result that are missing or other here, with their bytes; and files that are left over, with 0."
         there, here = (tree(folder) for folder in (self.kept / name, self.run))
         noted = "trainer_state.json" if stopped else "/"  # the Trainer's own state notes that it was asked to stop
-        lost = {path: len(content) for path, content in there.items() if path not in here or not (alike(path, content, here[path]) or path.endswith(noted))}
-        extra = [path for path in here.keys() - there.keys() if not (stopped and path.startswith("checkpoints/checkpoint-"))]
+        lost = {
+            path: len(content)
+            for path, content in there.items()
+            if path not in here or not (alike(path, content, here[path]) or path.endswith(noted))
+        }
+        extra = [
+            path for path in here.keys() - there.keys() if not (stopped and path.startswith("checkpoints/checkpoint-"))
+        ]
         return lost | dict.fromkeys(extra + [path.name for path in self.out.iterdir() if path != self.run], 0)
 
     def half_written(self, name, stopped=False):
         "Files that bear their final name and are not what they are to be. What grows by lines may be shorter; what depends on others is left out."
         there, here = tree(self.kept / name), tree(self.run) if self.run.exists() else {}
-        final = {path: content for path, content in here.items() if path in there and not any(part.startswith(".") or ".tmp" in part for part in Path(path).parts)}
-        settled = ("safetensors", "adapter_config.json", "recipe.yaml", "data.json", ".pt", ".pth", "export.json", *["trainer_state.json"] * (not stopped))
-        torn = [str(folder.relative_to(self.run)) + "/" for folder in self.run.glob("checkpoints/checkpoint-*") if defect(folder)]  # left out on resuming
-        return [path for path, content in final.items() if path.endswith(settled) and not path.startswith(tuple(torn)) and not alike(path, there[path], content)]
+        final = {
+            path: content
+            for path, content in here.items()
+            if path in there and not any(part.startswith(".") or ".tmp" in part for part in Path(path).parts)
+        }
+        settled = (
+            "safetensors",
+            "adapter_config.json",
+            "recipe.yaml",
+            "data.json",
+            ".pt",
+            ".pth",
+            "export.json",
+            *["trainer_state.json"] * (not stopped),
+        )
+        torn = [
+            str(folder.relative_to(self.run)) + "/"
+            for folder in self.run.glob("checkpoints/checkpoint-*")
+            if defect(folder)
+        ]  # left out on resuming
+        return [
+            path
+            for path, content in final.items()
+            if path.endswith(settled) and not path.startswith(tuple(torn)) and not alike(path, there[path], content)
+        ]
 
 
 def command(line, case, rank, port, inside):
     "What a fork does: be process `rank` of a command."
     if case.processes > 1:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.processes, "LOCAL_WORLD_SIZE": case.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": case.processes,
+            "LOCAL_WORLD_SIZE": case.processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         os.environ |= {key: str(value) for key, value in own.items()} | {"ACCELERATE_USE_CPU": "true"}
     if not case.draws:
         d2mora.analysis.draw = lambda *args, **kwargs: []
@@ -208,12 +270,20 @@ def free_port():
 
 def size(folder):
     "Bytes of a folder's files, in whole pages, as a tmpfs counts them."
-    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    return (
+        sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*") if path.is_file())
+        if folder.exists()
+        else 0
+    )
 
 
 def tree(folder, but=""):
     "Each file's content by its name."
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (*UNEVEN, but)}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (*UNEVEN, but)
+    }
 
 
 def alike(path, a, b):
@@ -270,7 +340,10 @@ def at_write(place, case, dice, number=signal.SIGKILL):
     event, path = case.events[chosen]
     if forks[0].status == 0 and "stopped by SIGTERM" not in said:
         raise Missed
-    return f"operation {chosen + 1} of {len(case.events)}, {event} {Path(path).name}", "hangs" if status == "hangs" else None
+    return (
+        f"operation {chosen + 1} of {len(case.events)}, {event} {Path(path).name}",
+        "hangs" if status == "hangs" else None,
+    )
 
 
 def torn_checkpoint(place, case, dice):
@@ -301,7 +374,9 @@ def file_limit(place, case, dice):
     import resource
 
     limit = int(dice.uniform(0.02, 0.9) * case.largest)
-    status, said = place.whole(case, inside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
+    status, said = place.whole(
+        case, inside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    )
     if status == 0:
         raise Missed
     return f"files up to {limit} bytes", one_line(status, said, "make room")
@@ -310,7 +385,9 @@ def file_limit(place, case, dice):
 def read_only(place, case, dice):
     "From a file operation on, or from the beginning, nothing may be written in the folder."
     chosen = dice.choice((0, dice.randrange(len(case.events))))
-    status, said = place.whole(case, inside=lambda: watch(place.out, lambda n, event, path: n == chosen + 1 and forbid(place.out)))
+    status, said = place.whole(
+        case, inside=lambda: watch(place.out, lambda n, event, path: n == chosen + 1 and forbid(place.out))
+    )
     forbid(place.out, False)
     if status == 0:
         raise Missed
@@ -325,10 +402,18 @@ def dead_worker(place, case, dice):
 def changed_data(place, case, dice):
     "The run is killed; a training file changes, also within its old time; going on is refused and changes nothing."
     begun = [n for n, (event, path) in enumerate(case.events) if "data" in Path(path).name and event == "os.rename"][0]
-    late = dice.randrange(begun + 2, max(n for n, (event, path) in enumerate(case.events) if "adapter" in Path(path).name))
-    status, said = place.whole(case, inside=lambda: watch(place.out, lambda n, event, path: n == late and os.kill(os.getpid(), signal.SIGKILL)))
+    late = dice.randrange(
+        begun + 2, max(n for n, (event, path) in enumerate(case.events) if "adapter" in Path(path).name)
+    )
+    status, said = place.whole(
+        case, inside=lambda: watch(place.out, lambda n, event, path: n == late and os.kill(os.getpid(), signal.SIGKILL))
+    )
     file = place.data / dice.choice(TASKS) / "train.json"
-    text, times, how = file.read_text(), file.stat(), dice.choice(("a row more", "a row less", "two rows swapped", "one word, same time"))
+    text, times, how = (
+        file.read_text(),
+        file.stat(),
+        dice.choice(("a row more", "a row less", "two rows swapped", "one word, same time")),
+    )
     rows = json.loads(text)
     rows = {"a row more": [*rows, rows[0]], "a row less": rows[:-1], "two rows swapped": [rows[1], rows[0], *rows[2:]],
             "one word, same time": [rows[0] | {"instruction": "So " + rows[0]["instruction"]}, *rows[1:]]}[how]  # fmt: skip
@@ -339,7 +424,9 @@ def changed_data(place, case, dice):
     changed = tree(place.run, but=".lock") != before and "the refusal changed the folder"
     file.write_text(text)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return f"{how}, after operation {late}", refused or changed or (None if status == -signal.SIGKILL else f"status {status}: {said[-600:]}")
+    return f"{how}, after operation {late}", refused or changed or (
+        None if status == -signal.SIGKILL else f"status {status}: {said[-600:]}"
+    )
 
 
 def clock_backwards(place, case, dice):
@@ -359,14 +446,21 @@ def clock_backwards(place, case, dice):
     turned = place.whole(case, resume=case.command == "train", inside=lambda: turn_back(every, 365 * 86400))
     if turned[0] == 2 and "leave --resume out" in turned[1]:
         turned = place.whole(case, inside=lambda: turn_back(every, 365 * 86400))
-    return f"a day back at every {every}th look, killed at operation {chosen + 1}", None if turned[0] == 0 else f"status {turned[0]}: {turned[1][-600:]}"
+    return f"a day back at every {every}th look, killed at operation {chosen + 1}", None if turned[
+        0
+    ] == 0 else f"status {turned[0]}: {turned[1][-600:]}"
 
 
 def two_writers(place, case, dice):
     "While the command is halted somewhere between taking and giving back its lock, the same command again is refused and changes nothing."
     locks = [n for n, (event, path) in enumerate(case.events) if Path(path).name == ".lock"]
     chosen = dice.randrange(locks[0] + 2, locks[-1])
-    forks = place.start(case, inside=lambda: watch(place.out, lambda n, event, path: n == chosen + 1 and os.kill(os.getpid(), signal.SIGSTOP)))
+    forks = place.start(
+        case,
+        inside=lambda: watch(
+            place.out, lambda n, event, path: n == chosen + 1 and os.kill(os.getpid(), signal.SIGSTOP)
+        ),
+    )
     if forks[0].wait(stopped=True) != "stopped":
         raise Missed
     before = tree(place.out)
@@ -375,7 +469,9 @@ def two_writers(place, case, dice):
     changed = tree(place.out) != before and "the second writer changed the folder"
     forks[0].kill(signal.SIGCONT)
     status, said = together(forks)
-    return f"halted at operation {chosen + 1} of {len(case.events)}", refused or changed or (None if status == 0 else f"status {status}: {said[-600:]}")
+    return f"halted at operation {chosen + 1} of {len(case.events)}", refused or changed or (
+        None if status == 0 else f"status {status}: {said[-600:]}"
+    )
 
 
 def turn_back(every, start=0.0):
@@ -392,7 +488,12 @@ def turn_back(every, start=0.0):
 
 def mounts():
     "Whether this process may mount."
-    return hasattr(os, "geteuid") and os.geteuid() == 0 and bool(shutil.which("mount")) and not os.environ.get("CHAOS_NO_MOUNT")
+    return (
+        hasattr(os, "geteuid")
+        and os.geteuid() == 0
+        and bool(shutil.which("mount"))
+        and not os.environ.get("CHAOS_NO_MOUNT")
+    )
 
 
 def forbid(folder, on=True):
@@ -410,8 +511,26 @@ KINDS = {
     "clock backwards": clock_backwards, "two writers": two_writers,
 }  # fmt: skip
 PLAN = {  # how often, by case
-    "SIGKILL at a moment": {"train": 5, "train by length": 4, "train with pictures": 1, "evaluate choice": 4, "evaluate official": 3, "compare": 2, "compare rates": 2, "export": 3},
-    "SIGKILL at a file operation": {"train": 4, "train by length": 4, "train with pictures": 1, "evaluate choice": 3, "evaluate official": 2, "compare": 2, "compare rates": 2, "export": 3},
+    "SIGKILL at a moment": {
+        "train": 5,
+        "train by length": 4,
+        "train with pictures": 1,
+        "evaluate choice": 4,
+        "evaluate official": 3,
+        "compare": 2,
+        "compare rates": 2,
+        "export": 3,
+    },
+    "SIGKILL at a file operation": {
+        "train": 4,
+        "train by length": 4,
+        "train with pictures": 1,
+        "evaluate choice": 3,
+        "evaluate official": 2,
+        "compare": 2,
+        "compare rates": 2,
+        "export": 3,
+    },
     "SIGTERM at a moment": {"train": 3, "train by length": 2, "evaluate choice": 1, "compare": 1},
     "SIGTERM at a file operation": {"train": 2, "train by length": 1, "evaluate official": 1, "export": 1},
     "torn checkpoint": {"train": 8},
@@ -438,13 +557,28 @@ def throw(place, kind, name, dice):
         except Missed:
             unmount(place)
     else:
-        return {"kind": kind, "case": name, "command": case.command, "survived": False, "wrong": "ten times the fault came too late"}
+        return {
+            "kind": kind,
+            "case": name,
+            "command": case.command,
+            "survived": False,
+            "wrong": "ten times the fault came too late",
+        }
     torn = place.half_written(name, "SIGTERM" in kind) if place.run.exists() else []
     wrong = wrong or (f"half-written: {torn}" if torn else None) or place.finish(case)
     lost = place.differences(name, "SIGTERM" in kind) if place.run.exists() else {"everything": case.bytes[1]}
     wrong = wrong or (f"differs: {lost}" if lost else None)
     unmount(place)
-    return {"kind": kind, "case": name, "command": case.command, "where": where, "draws": draw, "survived": not wrong, "bytes_lost": sum(lost.values()), **({"wrong": wrong} if wrong else {})}
+    return {
+        "kind": kind,
+        "case": name,
+        "command": case.command,
+        "where": where,
+        "draws": draw,
+        "survived": not wrong,
+        "bytes_lost": sum(lost.values()),
+        **({"wrong": wrong} if wrong else {}),
+    }
 
 
 def unmount(place):
@@ -457,7 +591,18 @@ def plan_of(count, dice):
     if count <= len(SHORT):
         return SHORT[:count]
     every = [(kind, name) for kind, own in PLAN.items() for name, times in own.items() for _ in range(times)]
-    order = ["train", "train by length", "evaluate choice", "evaluate official", "export", "evaluate, two processes", "train, two processes", "compare", "compare rates", "train with pictures"]
+    order = [
+        "train",
+        "train by length",
+        "evaluate choice",
+        "evaluate official",
+        "export",
+        "evaluate, two processes",
+        "train, two processes",
+        "compare",
+        "compare rates",
+        "train with pictures",
+    ]
     return sorted(dice.sample(every, min(count, len(every))), key=lambda own: order.index(own[1]))
 
 
@@ -468,8 +613,15 @@ def versions():
 
 def summary(faults, uneven, args, seconds):
     "All figures."
-    counts = {key: {str(k): n for k, n in sorted(Counter(fault[key] for fault in faults).items())} for key in ("kind", "command")}
-    method = {"full disk": "tmpfs" if mounts() else "RLIMIT_FSIZE", "read-only output": "immutable flag" if os.geteuid() == 0 else "mode", "two processes": "gloo, forked with torchrun's environment"}
+    counts = {
+        key: {str(k): n for k, n in sorted(Counter(fault[key] for fault in faults).items())}
+        for key in ("kind", "command")
+    }
+    method = {
+        "full disk": "tmpfs" if mounts() else "RLIMIT_FSIZE",
+        "read-only output": "immutable flag" if os.geteuid() == 0 else "mode",
+        "two processes": "gloo, forked with torchrun's environment",
+    }
     return {
         "command": f"python benchmarks/chaos.py --faults {args.faults} --seed {args.seed}", "seed": args.seed, "faults": len(faults), "survived": sum(f["survived"] for f in faults),
         "bytes_lost": sum(f.get("bytes_lost", 0) for f in faults), "by_kind": counts["kind"], "by_command": counts["command"],
@@ -483,7 +635,9 @@ def main():
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="Faults of this kind, or on this case.")
-    parser.add_argument("--at-most", type=int, default=1000, help="Throw so many now; given again, the command goes on with the next.")
+    parser.add_argument(
+        "--at-most", type=int, default=1000, help="Throw so many now; given again, the command goes on with the next."
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "chaos.json")
     args = parser.parse_args()
     dice, began, root = random.Random(args.seed), time.monotonic(), Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -502,11 +656,22 @@ def main():
             for needed in (place.cases[name].prepared or "train", name):
                 if not place.cases[needed].events:
                     uneven[needed] = {"differing": place.reference(needed), "files": len(tree(place.kept / needed))}
-        print(f"{len(uneven)} commands undisturbed, twice each: {time.monotonic() - began:.0f} s; differing: {[own['differing'] for own in uneven.values() if own['differing']]}", file=sys.stderr, flush=True)
+        print(
+            f"{len(uneven)} commands undisturbed, twice each: {time.monotonic() - began:.0f} s; differing: {[own['differing'] for own in uneven.values() if own['differing']]}",
+            file=sys.stderr,
+            flush=True,
+        )
         for kind, name in left:
             faults.append(throw(place, kind, name, random.Random(f"{args.seed} {len(faults)}")))
-            write_text(part, json.dumps(about | {"seconds": spent + time.monotonic() - began, "uneven": uneven, "thrown": faults}))
-            print(f"{len(faults):3} {time.monotonic() - began:5.0f} s  {kind}, {name}: {faults[-1].get('wrong') or 'survived'}", file=sys.stderr, flush=True)
+            write_text(
+                part,
+                json.dumps(about | {"seconds": spent + time.monotonic() - began, "uneven": uneven, "thrown": faults}),
+            )
+            print(
+                f"{len(faults):3} {time.monotonic() - began:5.0f} s  {kind}, {name}: {faults[-1].get('wrong') or 'survived'}",
+                file=sys.stderr,
+                flush=True,
+            )
     finally:
         forbid(place.out, False)
         unmount(place)
@@ -516,7 +681,9 @@ def main():
     result = summary(faults, uneven, args, spent + time.monotonic() - began)
     write_text(args.output, json.dumps(result, indent=1) + "\n")
     part.unlink()
-    print(f"{result['faults']} faults, {result['survived']} survived, {result['bytes_lost']} bytes lost, {result['seconds']} s: {args.output}")
+    print(
+        f"{result['faults']} faults, {result['survived']} survived, {result['bytes_lost']} bytes lost, {result['seconds']} s: {args.output}"
+    )
     return int(result["survived"] < result["faults"] or any(own["differing"] for own in uneven.values()))
 
 

@@ -8,6 +8,7 @@ The published way: batch 1, no mask, 4 beams, 32 new tokens. Its adapter layers 
 Its predictions are first shown equal to those of protocol `official` at batch 1. Rows that leave no room for 32 tokens are left out.
 A run grades a whole test set sorted by length; measured are the rows in the middle of that order, which would share a batch.
 """
+
 import argparse
 import json
 import os
@@ -34,16 +35,23 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("D2MORA_SHARED", ROOT.parent / "shared"))
 OUTPUT = ROOT / "benchmarks" / "results" / "evaluate_speed.json"
 TARGETS = {"official": 6, "generate": 12, "choice": 25}
-BATCH = {"official": 32, "generate": 32, "choice": 16, "content": 16}  # writing gains from rows at once, reading from the processor's cache
+BATCH = {
+    "official": 32,
+    "generate": 32,
+    "choice": 16,
+    "content": 16,
+}  # writing gains from rows at once, reading from the processor's cache
 
 
 @torch.no_grad()
 def published(model, tokenizer, row: dict) -> str:
     "What the published script writes for one row."
     ids = tokenizer(evaluation_prompt(row, "official"), return_tensors="pt").input_ids
-    config = GenerationConfig(num_beams=4, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
+    config = GenerationConfig(
+        num_beams=4, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id
+    )
     out = model.generate(input_ids=ids, generation_config=config)
-    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def timed(call):
@@ -59,9 +67,13 @@ def world(run: Path, data: str, rows_a_task: int, checked: int) -> dict:
     model.eval()
     seconds, cpu, rows_done, right, differing, equal = {}, {}, 0, {}, [], True
     for task in TASKS:
-        rows = [r for r in read_task(data, task, "test").to_list() if len(tokenizer(evaluation_prompt(r, "official")).input_ids) + NEW_TOKENS <= max_positions(model)]
+        rows = [
+            r
+            for r in read_task(data, task, "test").to_list()
+            if len(tokenizer(evaluation_prompt(r, "official")).input_ids) + NEW_TOKENS <= max_positions(model)
+        ]
         middle = max(0, len(rows) - rows_a_task) // 2
-        rows = sorted(rows, key=lambda r: len(r["instruction"]))[middle:middle + rows_a_task]
+        rows = sorted(rows, key=lambda r: len(r["instruction"]))[middle : middle + rows_a_task]
         if not rows:
             continue
         published(model, tokenizer, rows[0])  # warm
@@ -75,14 +87,31 @@ def world(run: Path, data: str, rows_a_task: int, checked: int) -> dict:
             right[protocol] = right.get(protocol, 0) + sum(g["right"] for g in graded)
             if protocol == "official":
                 differing += differences(model, tokenizer, task, rows, texts, graded)
-        right["published"] = right.get("published", 0) + sum(parse_answer(t, task) == r["answer"] for t, r in zip(texts, rows))
+        right["published"] = right.get("published", 0) + sum(
+            parse_answer(t, task) == r["answer"] for t, r in zip(texts, rows)
+        )
         rows_done += len(rows)
-        print(f"{run.name} {task}: {len(rows)} rows, " + ", ".join(f"{p} {seconds['published'] / s:.1f}x" for p, s in seconds.items() if p != "published"), file=sys.stderr, flush=True)
+        print(
+            f"{run.name} {task}: {len(rows)} rows, "
+            + ", ".join(f"{p} {seconds['published'] / s:.1f}x" for p, s in seconds.items() if p != "published"),
+            file=sys.stderr,
+            flush=True,
+        )
     ratios = {p: seconds["published"] / s for p, s in seconds.items()}
-    return {"run": run.name, "rows": rows_done, "published equals official at batch 1": equal, "rows checked at batch 1": checked * len(TASKS),
-            "rows that differ from the published text in a batch": differing, "seconds": seconds, "cpu_seconds": cpu, "rows_per_second": {p: rows_done / s for p, s in seconds.items()},
-            "times_as_fast": ratios, "times_as_fast_by_cpu": {p: cpu["published"] / s for p, s in cpu.items()}, "right": right,
-            "targets_met": {p: ratios[p] >= target for p, target in TARGETS.items()}}
+    return {
+        "run": run.name,
+        "rows": rows_done,
+        "published equals official at batch 1": equal,
+        "rows checked at batch 1": checked * len(TASKS),
+        "rows that differ from the published text in a batch": differing,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "rows_per_second": {p: rows_done / s for p, s in seconds.items()},
+        "times_as_fast": ratios,
+        "times_as_fast_by_cpu": {p: cpu["published"] / s for p, s in cpu.items()},
+        "right": right,
+        "targets_met": {p: ratios[p] >= target for p, target in TARGETS.items()},
+    }
 
 
 def differences(model, tokenizer, task, rows, texts, graded) -> list[dict]:
@@ -91,31 +120,74 @@ def differences(model, tokenizer, task, rows, texts, graded) -> list[dict]:
     for i, (row, text, g) in enumerate(zip(rows, texts, graded)):
         if text != g["text"]:
             head = make_item(tokenizer, PROTOCOLS["official"].pairs(row, task, "official"), None).head
-            ids = [tokenizer(evaluation_prompt(row, "official") + t).input_ids[len(head):] for t in (text, g["text"])]
+            ids = [tokenizer(evaluation_prompt(row, "official") + t).input_ids[len(head) :] for t in (text, g["text"])]
             scores = option_scores(model, [Item(head, ids, [len(own) for own in ids], [], False)])[0].tolist()
-            margin = abs(scores[0] / len(ids[0]) - scores[1] / len(ids[1]))  # nats per token, by which beam search ranks
+            margin = abs(
+                scores[0] / len(ids[0]) - scores[1] / len(ids[1])
+            )  # nats per token, by which beam search ranks
             changed = parse_answer(text, task) != g["predicted"]
-            found.append({"task": task, "row": i, "alone": text, "batch": g["text"], "changed": changed, "margin": margin})
+            found.append(
+                {"task": task, "row": i, "alone": text, "batch": g["text"], "changed": changed, "margin": margin}
+            )
     return found
 
 
 def full() -> dict:
     "All eight real test sets by `choice` with stories260K, as on the command line: two processes of one thread share the rows."
     folder, spent = ROOT / "runs" / "full-choice", lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "d2mora.cli", "evaluate", "--base", str(SHARED / "models/stories260K"), "--data", str(SHARED / "data"), "--output", str(folder), "--again"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "d2mora.cli",
+        "evaluate",
+        "--base",
+        str(SHARED / "models/stories260K"),
+        "--data",
+        str(SHARED / "data"),
+        "--output",
+        str(folder),
+        "--again",
+    ]
     wall, cpu, load = time.perf_counter(), spent(), os.getloadavg()[0]
-    subprocess.run([sys.executable, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL
+    )
     wall, cpu = time.perf_counter() - wall, spent() - cpu
     result = json.loads((folder / "evaluation-choice.json").read_text())
-    return {"rows": sum(t["n"] for t in result["tasks"].values()), "wall_seconds": round(wall, 1), "cpu_seconds": round(cpu, 1), "limit_seconds": 480, "processes": result["processes"],
-            "batch_size": result["batch_size"], "load": [load, os.getloadavg()[0]], "average": result["average"], "tasks": {task: {"n": t["n"], "accuracy": t["accuracy"]} for task, t in result["tasks"].items()}}
+    return {
+        "rows": sum(t["n"] for t in result["tasks"].values()),
+        "wall_seconds": round(wall, 1),
+        "cpu_seconds": round(cpu, 1),
+        "limit_seconds": 480,
+        "processes": result["processes"],
+        "batch_size": result["batch_size"],
+        "load": [load, os.getloadavg()[0]],
+        "average": result["average"],
+        "tasks": {task: {"n": t["n"], "accuracy": t["accuracy"]} for task, t in result["tasks"].items()},
+    }
 
 
 def about() -> dict:
     "Machine and versions."
-    cpu = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")][:1] if Path("/proc/cpuinfo").is_file() else []
-    return {"machine": " ".join(cpu) or platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_at_start": os.getloadavg()[0],
-            "versions": {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")}}
+    cpu = (
+        [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ][:1]
+        if Path("/proc/cpuinfo").is_file()
+        else []
+    )
+    return {
+        "machine": " ".join(cpu) or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_at_start": os.getloadavg()[0],
+        "versions": {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")},
+    }
 
 
 def main(argv=None):
@@ -134,9 +206,14 @@ def main(argv=None):
         if not (run / "adapter").is_dir():
             sys.exit(f"{run}: not there: python benchmarks/grade_main_job.py --world {name} makes it")
         facts = about()
-        stored["worlds"][name] = facts | {"batch_size": BATCH} | world(run, {"real": str(SHARED / "data"), "toy": "toy"}[name], args.rows, 3)
+        stored["worlds"][name] = (
+            facts | {"batch_size": BATCH} | world(run, {"real": str(SHARED / "data"), "toy": "toy"}[name], args.rows, 3)
+        )
     OUTPUT.parent.mkdir(exist_ok=True)
-    write_text(OUTPUT, json.dumps({"command": "python benchmarks/evaluate_speed.py", "targets": TARGETS} | stored, indent=1) + "\n")
+    write_text(
+        OUTPUT,
+        json.dumps({"command": "python benchmarks/evaluate_speed.py", "targets": TARGETS} | stored, indent=1) + "\n",
+    )
 
 
 if __name__ == "__main__":

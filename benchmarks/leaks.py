@@ -16,7 +16,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 import peft
 import psutil
@@ -33,10 +38,10 @@ from d2mora.tuner import record_routing
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "nbs" / "results" / "demo" / "adapter"
-SETTLED = 0.3   # the part of the steps after which memory is to stay
+SETTLED = 0.3  # the part of the steps after which memory is to stay
 ALLOWED = 0.02  # by which it may grow from there on
 PROCESS = psutil.Process()
-kept = []       # what a planted leak keeps
+kept = []  # what a planted leak keeps
 
 
 def living():
@@ -110,8 +115,16 @@ def writing(steps, leak=0):
 
 def parts(model):
     "What an adapter adds to: modules, parameters, hooks."
-    hooks = sum(len(getattr(m, name)) for m in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
-    return {"modules": sum(1 for _ in model.modules()), "parameters": sum(1 for _ in model.parameters()), "hooks": hooks}
+    hooks = sum(
+        len(getattr(m, name))
+        for m in model.modules()
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
+    return {
+        "modules": sum(1 for _ in model.modules()),
+        "parameters": sum(1 for _ in model.parameters()),
+        "hooks": hooks,
+    }
 
 
 def adapters(times, leak=0):
@@ -129,11 +142,20 @@ def adapters(times, leak=0):
             model = peft.PeftModel.from_pretrained(model.unload(), str(DEMO)).eval()
             curve.look(n + 1)
         same = torch.equal(model(ids).logits, first)
-    return curve.figures() | {"before": before, "after": parts(model), "tensors": [tensors, living()], "same_logits": same}
+    return curve.figures() | {
+        "before": before,
+        "after": parts(model),
+        "tensors": [tensors, living()],
+        "same_logits": same,
+    }
 
 
 def opened():
-    return {"files": PROCESS.num_fds() if hasattr(PROCESS, "num_fds") else PROCESS.num_handles(), "processes": len(PROCESS.children(recursive=True)), "tensors": living()}
+    return {
+        "files": PROCESS.num_fds() if hasattr(PROCESS, "num_fds") else PROCESS.num_handles(),
+        "processes": len(PROCESS.children(recursive=True)),
+        "tensors": living(),
+    }
 
 
 def left(folder):
@@ -147,16 +169,36 @@ def left(folder):
 
 def killed(folder):
     "A run with two loading processes is killed from outside: how long until they are gone too."
-    words = [f"{key}={json.dumps(value)}" for key, value in {"training.max_steps": 5000, "training.dataloader_num_workers": 2, "training.use_cpu": True, "training.logging_steps": 1}.items()]
-    run = subprocess.Popen([sys.executable, "-m", "d2mora.cli", "train", "demo", *words, "--output", str(folder / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [
+        f"{key}={json.dumps(value)}"
+        for key, value in {
+            "training.max_steps": 5000,
+            "training.dataloader_num_workers": 2,
+            "training.use_cpu": True,
+            "training.logging_steps": 1,
+        }.items()
+    ]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "d2mora.cli", "train", "demo", *words, "--output", str(folder / "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     metrics, until = folder / "killed" / "metrics.jsonl", time.monotonic() + 300
-    while time.monotonic() < until and run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+    while (
+        time.monotonic() < until
+        and run.poll() is None
+        and not (metrics.exists() and metrics.read_text().count("\n") > 3)
+    ):
         time.sleep(0.05)
     workers = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(signal.SIGKILL), run.wait()
     began = time.monotonic()
     _, alive = psutil.wait_procs(workers, timeout=120)
-    return {"loading_processes": len(workers), "left": len(alive), "gone_after_seconds": round(time.monotonic() - began, 1)}
+    return {
+        "loading_processes": len(workers),
+        "left": len(alive),
+        "gone_after_seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def main():
@@ -174,9 +216,18 @@ def main():
         found = {}
         for part in args.parts.split(","):
             found[part] = jobs[part]()
-            print(part, {key: value for key, value in found[part].items() if key != "curve"}, file=sys.stderr, flush=True)
-    versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft", "accelerate")} | {"python": platform.python_version(), "system": platform.system()}
-    about = {"command": "python " + " ".join(["benchmarks/leaks.py", *sys.argv[1:]]), "allowed_growth": ALLOWED, "settled_after": SETTLED}
+            print(
+                part, {key: value for key, value in found[part].items() if key != "curve"}, file=sys.stderr, flush=True
+            )
+    versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft", "accelerate")} | {
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+    about = {
+        "command": "python " + " ".join(["benchmarks/leaks.py", *sys.argv[1:]]),
+        "allowed_growth": ALLOWED,
+        "settled_after": SETTLED,
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(about | found | {"versions": versions}, indent=1) + "\n")
 
