@@ -8,21 +8,18 @@ q, k and v of random LLaMA blocks are adapted: {M 3, N 8, r 8}, LoRA r = 64 (the
 mean ratio within rounds and its 95 % interval, once of wall time and once of processor time, which other jobs on the machine disturb less.
 """
 
-import argparse
 import copy
-import json
-import os
-import platform
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median, stdev
 
 import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from common import ROOT, command_line, machine, store, versions
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,9 +41,6 @@ METHODS = {
     "loops": OURS,
     "D2MoRA": OURS,
 }
-RIVALS = ("LoRA r 64", "LoRA r 45", "loops")
-
-# --- the rival that is not in PEFT: loops over experts, as published code has them --------------------------------------------------
 
 
 def loop_update(layer, name, x):
@@ -74,9 +68,6 @@ def form(method):
     return loops() if method == "loops" else nullcontext()
 
 
-# --- models ---------------------------------------------------------------------------------------------------------------------------
-
-
 def frozen(shape):
     "A random LLaMA without trainable weights."
     torch.manual_seed(0)
@@ -102,9 +93,6 @@ def adapted(base, method):
 def loss(model, x):
     "A scalar from hidden input x (rows, tokens, d), which needs a gradient as inside a deep model."
     return model(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits.square().mean()
-
-
-# --- counted --------------------------------------------------------------------------------------------------------------------------
 
 
 def kept_bytes(model, x):
@@ -171,16 +159,14 @@ def counted(base, methods, tokens):
     for method in methods:
         model = adapted(base, method).train()
         with form(method):
-            out[method] = dict(
-                trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                kept_bytes=kept_bytes(model, x) - own_kept,
-                flops=flops(model, x) - own_flops,
-                peak_bytes=peak_bytes(model, x),
-            )
+            bytes_and_operations = {
+                "kept_bytes": kept_bytes(model, x) - own_kept,
+                "flops": flops(model, x) - own_flops,
+                "peak_bytes": peak_bytes(model, x),
+            }
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            out[method] = {"trainable": trainable} | bytes_and_operations
     return out
-
-
-# --- timed ----------------------------------------------------------------------------------------------------------------------------
 
 
 def training_step(model, x):
@@ -197,29 +183,23 @@ def training_step(model, x):
     return step
 
 
-def generation(model, rows, new_tokens=24):
-    "Greedy generation with the cache, ready to be called."
+def generation(model, ids, new_tokens=24, **cache):
+    "Greedy generation, ready to be called; it gives the new tokens of the first row."
     model.eval()
-    ids = torch.arange(rows * 32).view(rows, 32) % 1000
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
+    @torch.no_grad()
     def write():
-        with torch.no_grad():
-            model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                pad_token_id=0,
-            )
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **cache)
+        return out[0, ids.shape[1] :].tolist()
 
     return write
 
 
-def in_turns(calls, rounds):
-    "Seconds of each call in each round, (wall, processor), in turns and in changing order."
+def in_turns(calls, rounds, warm=1):
+    "Seconds of each call in each round, (wall, processor), in turns and in changing order; the first rounds warm up."
     seconds, names = {name: [] for name in calls}, list(calls)
-    for r in range(-1, rounds):  # the first round warms up
+    for r in range(-warm, rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             wall, cpu = time.perf_counter(), time.process_time()
             with form(name):
@@ -236,21 +216,17 @@ def ratio(ours, theirs):
     return [round(torch.tensor(v).exp().item(), 4) for v in (m, m - s, m + s)]
 
 
+def ratios(ours, theirs):
+    "The ratio of wall time and of processor time."
+    return {clock: ratio([s[i] for s in ours], [s[i] for s in theirs]) for i, clock in enumerate(("wall", "cpu"))}
+
+
 def timed(calls, rounds):
     "Median seconds of each method, and ours against each rival."
     seconds = in_turns(calls, rounds)
-    out = dict(
-        rounds=rounds, median_seconds={n: round(median(w for w, _ in s), 4) for n, s in seconds.items()}, ratios={}
-    )
-    for rival in (n for n in calls if n != "D2MoRA"):
-        out["ratios"][rival] = {
-            clock: ratio([s[i] for s in seconds["D2MoRA"]], [s[i] for s in seconds[rival]])
-            for i, clock in enumerate(("wall", "cpu"))
-        }
-    return out
-
-
-# --- all of it ------------------------------------------------------------------------------------------------------------------------
+    medians = {name: round(median(wall for wall, _ in own), 4) for name, own in seconds.items()}
+    against = {rival: ratios(seconds["D2MoRA"], own) for rival, own in seconds.items() if rival != "D2MoRA"}
+    return {"rounds": rounds, "median_seconds": medians, "ratios": against}
 
 
 def check_loops(base):
@@ -275,66 +251,28 @@ def measure(shape, tokens, rounds):
     if base.config.num_hidden_layers > 1:
         for rows in (1, 8):
             print(f"{shape}: generation, batch {rows}", flush=True)
-            result[f"generation, batch {rows}"] = timed(
-                {m: generation(adapted(base, m), rows) for m in ("frozen", "LoRA r 64", "loops", "D2MoRA")}, 2 * rounds
-            )
+            ids = torch.arange(rows * 32).view(rows, 32) % 1000
+            calls = {m: generation(adapted(base, m), ids) for m in ("frozen", "LoRA r 64", "loops", "D2MoRA")}
+            result[f"generation, batch {rows}"] = timed(calls, 2 * rounds)
     return result
-
-
-def machine():
-    "What it ran on."
-    model = (
-        next(
-            (
-                line.split(":", 1)[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if "model name" in line
-            ),
-            "",
-        )
-        if Path("/proc/cpuinfo").exists()
-        else ""
-    )
-    return dict(
-        processor=model or platform.processor(),
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        load_at_start=os.getloadavg()[0],
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none: nothing was measured on a GPU",
-    )
 
 
 def main(argv=None):
     "Command line."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "layer.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/layer.json")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     begun, about = time.perf_counter(), machine()
     shapes = {shape: measure(shape, tokens, args.rounds) for shape, tokens in zip(SHAPES, (512, 256))}
-    versions = dict(
-        torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__, d2mora=d2mora.__version__
-    )
-    result = dict(
-        command="make bench",
-        machine=about,
-        versions=versions,
-        minutes=round((time.perf_counter() - begun) / 60, 1),
-        shapes=shapes,
-    )
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"command": "make bench", "machine": about, "versions": versions()}
+    store(args.output, result | {"minutes": round((time.perf_counter() - begun) / 60, 1), "shapes": shapes})
     for shape, figures in shapes.items():
         ours, lora, loop = (figures["counted"][m] for m in ("D2MoRA", "LoRA r 64", "loops"))
-        print(
-            shape,
-            {
-                k: (round(ours[k] / lora[k], 3), round(ours[k] / loop[k], 3))
-                for k in ("kept_bytes", "flops", "peak_bytes")
-            },
-            "against LoRA r 64, loops",
-        )
+        counts = ("kept_bytes", "flops", "peak_bytes")
+        shares = {k: (round(ours[k] / lora[k], 3), round(ours[k] / loop[k], 3)) for k in counts}
+        print(f"{shape}: {shares} of LoRA r 64 and of loops")
         for what in (k for k in figures if k not in ("tokens", "counted")):
             print(f"  {what}:", {r: v["cpu"] for r, v in figures[what]["ratios"].items()})
 

@@ -20,7 +20,7 @@ ORDER = (
     "train scoring evaluate analysis compare plan export cli"
 ).split()
 SOLUTION = '#| code-fold: true\n#| code-summary: "Solution"\n'
-FORMATTED = ["nbs", "tests", "scripts"]
+FORMATTED = ["nbs", "tests", "scripts", "benchmarks"]
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
