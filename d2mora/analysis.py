@@ -136,7 +136,13 @@ def _task_spread(weights):
     "Mean total variation distance between a task's weights, (tasks, experts), and the mean over tasks: from 0 to 1."
     return (weights - weights.mean(0)).abs().sum(-1).mean().item() / 2
 
-# %% ../nbs/13_analysis.ipynb #a45c10fa
+# %% ../nbs/13_analysis.ipynb #26eea42b
+def _most_spread(routing, side):
+    "Layer and weights, (tasks, experts), of the router of a side whose weights depend most on the task."
+    found = [(n, own[side]) for n, own in routing.items() if side in own and own[side].shape[1] > 1]
+    return max(found, key=lambda pair: _task_spread(pair[1]), default=None)
+
+
 def _table(ax, title, values, rows, columns, **looks):
     "Draw a table of numbers as colours, with the names of its rows and columns."
     heat(ax, values, **looks)
@@ -150,11 +156,7 @@ def draw_routers(
     tasks: list[str],  # names of its rows
 ):  # a matplotlib Figure; None if no router has several experts
     "Draw the mean weights by task, for each side in the layer where tasks differ most."
-    drawn = {}
-    for side in _SIDES:
-        weights = {layer: own[side] for layer, own in routing.items() if side in own and own[side].shape[1] > 1}
-        if weights:
-            drawn[side] = max(weights.items(), key=lambda pair: _task_spread(pair[1]))
+    drawn = {side: found for side in _SIDES if (found := _most_spread(routing, side))}
     if not drawn:
         return None
     with canvas(1, len(drawn), 4.5 * len(drawn), 3.6) as (figure, (axes,), _):
@@ -361,12 +363,22 @@ class Monitor(TrainerCallback):
         self.before, self.reported = here, self.reported.union(new)
         return {f"alarms_{kind}": len(own) for kind, own in found.items()}
 
-# %% ../nbs/13_analysis.ipynb #361214b2
+# %% ../nbs/13_analysis.ipynb #ae26dbda
 _LOGGED = {  # title of a panel -> key of the log -> name and colour of its line
     "loss": {"loss": ("training rows", "text"), "eval_loss": ("held-out rows", "loss")},
     "mean |cosine| of experts": {"cosine_down": ("A's", "down"), "cosine_up": ("B's", "up")},
     "gradient norm": {f"grad_norm_{n}": (n, c) for n, c in (("A", "down"), ("B", "up"), ("routers", "router"))},
 }
+
+
+def _curves(ax, title, lines, colors):
+    "Draw one panel."
+    for key, (name, color) in _LOGGED[title].items():
+        if points := [(line["step"], line[key]) for line in lines if key in line]:
+            ax.plot(*zip(*points), color=colors[color], label=name)
+    unit = "nats per target token" if title == "loss" else ""
+    ax.set(title=title, xlabel="step", ylabel=unit, yscale="log" if "norm" in title else "linear")
+    ax.legend(fontsize=7)
 
 
 def draw_curves(
@@ -379,16 +391,17 @@ def draw_curves(
         return None
     with canvas(1, len(titles), 3.4 * len(titles), 3) as (figure, (axes,), colors):
         for ax, title in zip(axes, titles):
-            for key, (name, color) in _LOGGED[title].items():
-                if points := [(line["step"], line[key]) for line in lines if key in line]:
-                    ax.plot(*zip(*points), color=colors[color], label=name)
-            ax.set(title=title, xlabel="step", yscale="log" if "norm" in title else "linear")
-            ax.legend(fontsize=7)
-        axes[0].set_ylabel("nats per target token" if titles[0] == "loss" else "")
+            _curves(ax, title, lines, colors)
     return headline(figure, "What was logged over the training steps", f"Curves over the steps: {'; '.join(titles)}")
 
 
 _ROUTING_ROWS, _ABLATION_ROWS = 32, 24  # training rows and test rows of each task that `draw` uses
+
+
+def _first_rows(config):
+    "The first training rows of each task."
+    by_task = read_rows(data_path(config), config.tasks).to_pandas().groupby("task", sort=False)
+    return {task: own.head(_ROUTING_ROWS).to_dict("records") for task, own in by_task}
 
 
 def _pictures(run, before, after):
@@ -400,9 +413,7 @@ def _pictures(run, before, after):
     if next(named_experts(on_device(model)), None) is None:
         return
     yield "similarity", lambda: draw_similarity(layer_similarity(model))
-    path, style = data_path(recipe.data), recipe.data.prompt
-    by_task = read_rows(path, recipe.data.tasks).to_pandas().groupby("task", sort=False)
-    rows = {task: own.head(_ROUTING_ROWS).to_dict("records") for task, own in by_task}
+    path, style, rows = data_path(recipe.data), recipe.data.prompt, _first_rows(recipe.data)
     yield "routers", lambda: draw_routers(routing_by_task(model, tokenizer, rows, style), list(rows))
     if after and set(rows) <= set(after["tasks"]):
         graded = test_rows(path, rows, _ABLATION_ROWS)
