@@ -7,16 +7,15 @@ recipe's everywhere. In the second table the rank is the one that brings the par
 folder of its own under --runs: finished ones are read, an interrupted measurement goes on. --table takes one of the two.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import transformers
+from common import command_line, store
 
 from d2mora.compare import about_comparison, nearest_size, one_run, trained_parameters, varied
 from d2mora.recipe import Recipe, load_recipe
 from d2mora.train import read_metrics
-from d2mora.utils import write_text
 
 STEPS, SEEDS, LIMIT = 200, (0, 1, 2), 100  # LIMIT: test rows a task
 WEIGHTS, RANKS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2), (1, 3, 6)
@@ -35,14 +34,11 @@ def at_budget(recipe: Recipe, M: int, N: int) -> dict:
     return sized(nearest_size(lambda r: trained_parameters(recipe, sized(r)), trained_parameters(recipe)))
 
 
-def fields(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
+def fields(recipe: Recipe) -> dict[str, dict[str, dict]]:
     "For each table the name and the adapter of each of its fields."
-    return {
-        "weight-rank": [
-            (f"weight-{w:g}-r-{r}", resized(recipe, r, orthogonality_weight=w)) for w in WEIGHTS for r in RANKS
-        ],
-        "down-up": [(f"down-{M}-up-{N}", at_budget(recipe, M, N)) for M in DOWN for N in UP],
-    }
+    weights = {f"weight-{w:g}-r-{r}": resized(recipe, r, orthogonality_weight=w) for w in WEIGHTS for r in RANKS}
+    sizes = {f"down-{M}-up-{N}": at_budget(recipe, M, N) for M in DOWN for N in UP}
+    return {"weight-rank": weights, "down-up": sizes}
 
 
 def left_plateau(folder: Path) -> int | None:
@@ -57,20 +53,14 @@ def measured(recipe: Recipe, adapter: dict, folder: Path) -> dict:
         own = folder / f"seed-{seed}"
         run = one_run(varied(recipe, adapter, seed=seed), own, limit=LIMIT)
         kept["parameters"] = run["parameters"]
-        kept["runs"].append(
-            {
-                "seed": seed,
-                "average": run["grades"]["choice"]["average"],
-                "similarity": run["similarity"],
-                "left_plateau": left_plateau(own),
-            }
-        )
+        found = {"seed": seed, "average": run["grades"]["choice"]["average"], "similarity": run["similarity"]}
+        kept["runs"].append(found | {"left_plateau": left_plateau(own)})
     return kept
 
 
 def main():
     "Command line."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/axes"))
     parser.add_argument("--table", choices=("weight-rank", "down-up"))
@@ -81,16 +71,12 @@ def main():
     for table, own in fields(recipe).items():
         if args.table not in (None, table):
             continue
-        for number, (name, adapter) in enumerate(own, 1):
+        for number, (name, adapter) in enumerate(own.items(), 1):
             kept.setdefault(table, {})[name] = found = measured(recipe, adapter, args.runs / name)
-            about = about_comparison(recipe, "equal", LIMIT) | {
-                "command": f"python benchmarks/axes.py {args.output}",
-                "plateau": PLATEAU,
-            }
-            write_text(args.output, json.dumps(about | {"tables": kept}, indent=1) + "\n")
-            runs = ", ".join(
-                f"{100 * run['average']:.1f} (off the plateau at step {run['left_plateau']})" for run in found["runs"]
-            )
+            about = about_comparison(recipe, "equal", LIMIT)
+            about |= {"command": f"python benchmarks/axes.py {args.output}", "plateau": PLATEAU}
+            store(args.output, about | {"tables": kept})
+            runs = ", ".join(f"{100 * run['average']:.1f} (step {run['left_plateau']})" for run in found["runs"])
             print(f"{table} {number} of {len(own)}: {name}: {runs}", flush=True)
 
 

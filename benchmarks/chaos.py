@@ -4,11 +4,9 @@ what an undisturbed run reaches: `python benchmarks/chaos.py --faults 8` for a s
 Each command is a real process, a fork of this one (tests/forks.py). A moment is drawn in seconds, or as the number of a file operation.
 """
 
-import argparse
 import gc
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -19,10 +17,10 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from common import ROOT, command_line, store, versions
+
 sys.path.insert(0, str(ROOT / "tests"))
 
 from forks import POINTS, Fork, arm, watch
@@ -33,7 +31,6 @@ import d2mora.compare
 import d2mora.export  # (all before the forks, which then need not)
 from d2mora.recipe import load_base
 from d2mora.train import defect
-from d2mora.utils import write_text
 from d2mora.toy import toy_rows
 
 TASKS = ("boolq", "piqa")
@@ -42,8 +39,11 @@ SMALL = {
     "training.save_strategy": "steps", "training.save_steps": 3, "training.logging_steps": 1, "training.warmup_steps": 2,
     "training.per_device_train_batch_size": 2, "training.use_cpu": True, "training.disable_tqdm": True,
 }  # fmt: skip
-VALIDATES = {"data.validation_rows": 6, "training.gradient_accumulation_steps": 2, "training.eval_strategy": "steps", "training.eval_steps": 4}
-BY_LENGTH = {"data.sampling": "by-length", "training.save_strategy": "epoch", "training.save_total_limit": 2, "training.max_steps": 20}
+VALIDATES = {"training.gradient_accumulation_steps": 2, "training.eval_strategy": "steps", "training.eval_steps": 4}
+VALIDATES |= {"data.validation_rows": 6}
+BY_LENGTH = {"data.sampling": "by-length", "training.save_strategy": "epoch"}
+BY_LENGTH |= {"training.save_total_limit": 2, "training.max_steps": 20}
+PACKAGES = ("accelerate", "datasets", "safetensors", "filelock")
 PAGE = 4096
 UNEVEN = ("training_args.bin",)  # holds a time; nothing is read from it
 
@@ -57,29 +57,31 @@ class Case:
     "A command whose result lies in one folder."
 
     command: str
-    words: list[str]            # without the folder
+    words: list[str]  # without the folder
     processes: int = 1
-    draws: bool = False         # with the pictures that `train` ends with; they take longer than the rest
-    prepared: str = ""          # another case whose result is there beforehand
+    draws: bool = False  # with the pictures that `train` ends with; they take longer than the rest
+    prepared: str = ""  # another case whose result is there beforehand
     events: list = field(default_factory=list)  # (event, path) of each file operation of an undisturbed run
-    seconds: float = 0.0        # that it took
-    bytes: tuple = (0, 0)       # in its folder, before and after
-    largest: int = 0            # bytes of its largest new file
+    seconds: float = 0.0  # that it took
+    bytes: tuple = (0, 0)  # in its folder, before and after
+    largest: int = 0  # bytes of its largest new file
 
 
 class Place:
     "Where everything happens: data, references, and one folder `out/run` that each command writes to, since files name their folder."
 
     def __init__(self, root):
-        self.root, self.data, self.out, self.run, self.kept = root, root / "data", root / "out", root / "out" / "run", root / "kept"
+        self.root, self.data, self.out, self.kept = root, root / "data", root / "out", root / "kept"
+        self.run = self.out / "run"
         self.out.mkdir(), self.kept.mkdir()
         for task in TASKS:
             (self.data / task).mkdir(parents=True)
             for split, count in (("train", 17), ("test", 12)):
-                (self.data / task / f"{split}.json").write_text(json.dumps(toy_rows("toy", task, split)[:count], indent=1))
+                rows = toy_rows("toy", task, split)[:count]
+                (self.data / task / f"{split}.json").write_text(json.dumps(rows, indent=1))
         own = {"data.path": str(self.data)}
         graded = ["--tasks", ",".join(TASKS), "--batch-size", "3", "--data", str(self.data)]
-        few = {"training.max_steps": 4, "data.validation_rows": 6, "training.save_steps": 2, "training.save_strategy": "steps"}
+        few = {"training.max_steps": 4, "training.save_steps": 2, "data.validation_rows": 6}
         self.cases = {
             "train": Case("train", ["train", "demo", *words(**own, **VALIDATES)]),
             "train by length": Case("train", ["train", "demo", *words(**own, **BY_LENGTH)]),
@@ -108,7 +110,8 @@ class Place:
     def start(self, case, resume=False, inside=None, rank=0, more=()):
         "Start a command; in its process `rank`, `inside()` is called first. Its processes."
         port = free_port() if case.processes > 1 else 0
-        return [Fork(lambda r=r: command(self.line(case, resume) + list(more), case, r, port, inside if r == rank else None)) for r in range(case.processes)]
+        own = lambda r: command([*self.line(case, resume), *more], case, r, port, inside if r == rank else None)
+        return [Fork(lambda r=r: own(r)) for r in range(case.processes)]
 
     def whole(self, case, **more):
         "A command that nothing disturbs, or that runs on its own into its fault: its exit status, and what it said."
@@ -150,23 +153,29 @@ class Place:
         "Files of the undisturbed result that are missing or other here, with their bytes; and files that are left over, with 0."
         there, here = (tree(folder) for folder in (self.kept / name, self.run))
         noted = "trainer_state.json" if stopped else "/"  # the Trainer's own state notes that it was asked to stop
-        lost = {path: len(content) for path, content in there.items() if path not in here or not (alike(path, content, here[path]) or path.endswith(noted))}
-        extra = [path for path in here.keys() - there.keys() if not (stopped and path.startswith("checkpoints/checkpoint-"))]
+        equal = lambda path: alike(path, there[path], here[path]) or path.endswith(noted)
+        lost = {path: len(content) for path, content in there.items() if path not in here or not equal(path)}
+        later = lambda path: stopped and path.startswith("checkpoints/checkpoint-")
+        extra = [path for path in here.keys() - there.keys() if not later(path)]
         return lost | dict.fromkeys(extra + [path.name for path in self.out.iterdir() if path != self.run], 0)
 
     def half_written(self, name, stopped=False):
         "Files that bear their final name and are not what they are to be. What grows by lines may be shorter; what depends on others is left out."
         there, here = tree(self.kept / name), tree(self.run) if self.run.exists() else {}
-        final = {path: content for path, content in here.items() if path in there and not any(part.startswith(".") or ".tmp" in part for part in Path(path).parts)}
-        settled = ("safetensors", "adapter_config.json", "recipe.yaml", "data.json", ".pt", ".pth", "export.json", *["trainer_state.json"] * (not stopped))
-        torn = [str(folder.relative_to(self.run)) + "/" for folder in self.run.glob("checkpoints/checkpoint-*") if defect(folder)]  # left out on resuming
-        return [path for path, content in final.items() if path.endswith(settled) and not path.startswith(tuple(torn)) and not alike(path, there[path], content)]
+        settled = ["safetensors", "adapter_config.json", "recipe.yaml", "data.json", ".pt", ".pth", "export.json"]
+        settled = tuple(settled + ["trainer_state.json"] * (not stopped))
+        aside = lambda path: any(part.startswith(".") or ".tmp" in part for part in Path(path).parts)
+        final = [path for path in here if path in there and path.endswith(settled) and not aside(path)]
+        folders = [folder for folder in self.run.glob("checkpoints/checkpoint-*") if defect(folder)]
+        torn = tuple(f"{folder.relative_to(self.run)}/" for folder in folders)  # left out on resuming
+        return [path for path in final if not path.startswith(torn) and not alike(path, there[path], here[path])]
 
 
 def command(line, case, rank, port, inside):
     "What a fork does: be process `rank` of a command."
     if case.processes > 1:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.processes, "LOCAL_WORLD_SIZE": case.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), case.processes)
         os.environ |= {key: str(value) for key, value in own.items()} | {"ACCELERATE_USE_CPU": "true"}
     if not case.draws:
         d2mora.analysis.draw = lambda *args, **kwargs: []
@@ -208,12 +217,14 @@ def free_port():
 
 def size(folder):
     "Bytes of a folder's files, in whole pages, as a tmpfs counts them."
-    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    files = [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in files)
 
 
 def tree(folder, but=""):
     "Each file's content by its name."
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (*UNEVEN, but)}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (*UNEVEN, but)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def alike(path, a, b):
@@ -239,6 +250,20 @@ def one_line(status, said, *parts):
     return None if good else f"status {status}, not one line with {parts}: {said[-600:]}"
 
 
+def at_operation(place, number, act):
+    "For `inside`: call `act` before the file operation of this number."
+    return lambda: watch(place.out, lambda n, event, path: n == number and act())
+
+
+def kill(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+
+
+def unless(holds, status, said):
+    "None, or what a command did where something else was expected."
+    return None if holds else f"status {status}: {said[-600:]}"
+
+
 class Missed(Exception):
     "The fault came too late, or not at all: draw again."
 
@@ -262,15 +287,13 @@ def at_write(place, case, dice, number=signal.SIGKILL):
     "A signal before a file operation, drawn from all that an undisturbed run does."
     chosen = dice.randrange(len(case.events))
 
-    def inside():
-        watch(place.out, lambda n, event, path: n == chosen + 1 and os.kill(os.getpid(), number))
-
-    forks = place.start(case, inside=inside)
+    forks = place.start(case, inside=at_operation(place, chosen + 1, lambda: kill(number)))
     status, said = together(forks)
     event, path = case.events[chosen]
     if forks[0].status == 0 and "stopped by SIGTERM" not in said:
         raise Missed
-    return f"operation {chosen + 1} of {len(case.events)}, {event} {Path(path).name}", "hangs" if status == "hangs" else None
+    where = f"operation {chosen + 1} of {len(case.events)}, {event} {Path(path).name}"
+    return where, "hangs" if status == "hangs" else None
 
 
 def torn_checkpoint(place, case, dice):
@@ -301,7 +324,8 @@ def file_limit(place, case, dice):
     import resource
 
     limit = int(dice.uniform(0.02, 0.9) * case.largest)
-    status, said = place.whole(case, inside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
+    limits = (limit, resource.RLIM_INFINITY)
+    status, said = place.whole(case, inside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     if status == 0:
         raise Missed
     return f"files up to {limit} bytes", one_line(status, said, "make room")
@@ -310,7 +334,7 @@ def file_limit(place, case, dice):
 def read_only(place, case, dice):
     "From a file operation on, or from the beginning, nothing may be written in the folder."
     chosen = dice.choice((0, dice.randrange(len(case.events))))
-    status, said = place.whole(case, inside=lambda: watch(place.out, lambda n, event, path: n == chosen + 1 and forbid(place.out)))
+    status, said = place.whole(case, inside=at_operation(place, chosen + 1, lambda: forbid(place.out)))
     forbid(place.out, False)
     if status == 0:
         raise Missed
@@ -325,10 +349,12 @@ def dead_worker(place, case, dice):
 def changed_data(place, case, dice):
     "The run is killed; a training file changes, also within its old time; going on is refused and changes nothing."
     begun = [n for n, (event, path) in enumerate(case.events) if "data" in Path(path).name and event == "os.rename"][0]
-    late = dice.randrange(begun + 2, max(n for n, (event, path) in enumerate(case.events) if "adapter" in Path(path).name))
-    status, said = place.whole(case, inside=lambda: watch(place.out, lambda n, event, path: n == late and os.kill(os.getpid(), signal.SIGKILL)))
+    last = max(n for n, (event, path) in enumerate(case.events) if "adapter" in Path(path).name)
+    late = dice.randrange(begun + 2, last)
+    status, said = place.whole(case, inside=at_operation(place, late, kill))
     file = place.data / dice.choice(TASKS) / "train.json"
-    text, times, how = file.read_text(), file.stat(), dice.choice(("a row more", "a row less", "two rows swapped", "one word, same time"))
+    text, times = file.read_text(), file.stat()
+    how = dice.choice(("a row more", "a row less", "two rows swapped", "one word, same time"))
     rows = json.loads(text)
     rows = {"a row more": [*rows, rows[0]], "a row less": rows[:-1], "two rows swapped": [rows[1], rows[0], *rows[2:]],
             "one word, same time": [rows[0] | {"instruction": "So " + rows[0]["instruction"]}, *rows[1:]]}[how]  # fmt: skip
@@ -339,7 +365,8 @@ def changed_data(place, case, dice):
     changed = tree(place.run, but=".lock") != before and "the refusal changed the folder"
     file.write_text(text)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return f"{how}, after operation {late}", refused or changed or (None if status == -signal.SIGKILL else f"status {status}: {said[-600:]}")
+    survived = unless(status == -signal.SIGKILL, status, said)
+    return f"{how}, after operation {late}", refused or changed or survived
 
 
 def clock_backwards(place, case, dice):
@@ -348,7 +375,7 @@ def clock_backwards(place, case, dice):
 
     def inside():
         turn_back(every)
-        watch(place.out, lambda n, event, path: n == chosen + 1 and os.kill(os.getpid(), signal.SIGKILL))
+        at_operation(place, chosen + 1, kill)()
 
     status, said = place.whole(case, inside=inside)
     if status == 0:
@@ -359,14 +386,15 @@ def clock_backwards(place, case, dice):
     turned = place.whole(case, resume=case.command == "train", inside=lambda: turn_back(every, 365 * 86400))
     if turned[0] == 2 and "leave --resume out" in turned[1]:
         turned = place.whole(case, inside=lambda: turn_back(every, 365 * 86400))
-    return f"a day back at every {every}th look, killed at operation {chosen + 1}", None if turned[0] == 0 else f"status {turned[0]}: {turned[1][-600:]}"
+    where = f"a day back at every {every}th look, killed at operation {chosen + 1}"
+    return where, unless(turned[0] == 0, *turned)
 
 
 def two_writers(place, case, dice):
     "While the command is halted somewhere between taking and giving back its lock, the same command again is refused and changes nothing."
     locks = [n for n, (event, path) in enumerate(case.events) if Path(path).name == ".lock"]
     chosen = dice.randrange(locks[0] + 2, locks[-1])
-    forks = place.start(case, inside=lambda: watch(place.out, lambda n, event, path: n == chosen + 1 and os.kill(os.getpid(), signal.SIGSTOP)))
+    forks = place.start(case, inside=at_operation(place, chosen + 1, lambda: kill(signal.SIGSTOP)))
     if forks[0].wait(stopped=True) != "stopped":
         raise Missed
     before = tree(place.out)
@@ -375,7 +403,8 @@ def two_writers(place, case, dice):
     changed = tree(place.out) != before and "the second writer changed the folder"
     forks[0].kill(signal.SIGCONT)
     status, said = together(forks)
-    return f"halted at operation {chosen + 1} of {len(case.events)}", refused or changed or (None if status == 0 else f"status {status}: {said[-600:]}")
+    where = f"halted at operation {chosen + 1} of {len(case.events)}"
+    return where, refused or changed or unless(status == 0, status, said)
 
 
 def turn_back(every, start=0.0):
@@ -392,7 +421,8 @@ def turn_back(every, start=0.0):
 
 def mounts():
     "Whether this process may mount."
-    return hasattr(os, "geteuid") and os.geteuid() == 0 and bool(shutil.which("mount")) and not os.environ.get("CHAOS_NO_MOUNT")
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    return root and bool(shutil.which("mount")) and not os.environ.get("CHAOS_NO_MOUNT")
 
 
 def forbid(folder, on=True):
@@ -410,18 +440,18 @@ KINDS = {
     "clock backwards": clock_backwards, "two writers": two_writers,
 }  # fmt: skip
 PLAN = {  # how often, by case
-    "SIGKILL at a moment": {"train": 5, "train by length": 4, "train with pictures": 1, "evaluate choice": 4, "evaluate official": 3, "compare": 2, "compare rates": 2, "export": 3},
-    "SIGKILL at a file operation": {"train": 4, "train by length": 4, "train with pictures": 1, "evaluate choice": 3, "evaluate official": 2, "compare": 2, "compare rates": 2, "export": 3},
-    "SIGTERM at a moment": {"train": 3, "train by length": 2, "evaluate choice": 1, "compare": 1},
-    "SIGTERM at a file operation": {"train": 2, "train by length": 1, "evaluate official": 1, "export": 1},
-    "torn checkpoint": {"train": 8},
-    "full disk": {"train": 3, "evaluate choice": 2, "compare": 1, "export": 2},
-    "file-size limit": {"train": 2, "evaluate choice": 1, "compare rates": 1, "export": 1},
-    "read-only output": {"train": 2, "evaluate choice": 2, "compare": 1, "export": 1},
-    "dead worker of two": {"train, two processes": 4, "evaluate, two processes": 2},
-    "changed data": {"train": 3, "compare": 1},
-    "clock backwards": {"train": 2, "evaluate choice": 1, "compare rates": 1, "export": 1},
-    "two writers": {"train": 1, "evaluate choice": 1, "compare": 1, "export": 1},
+    "SIGKILL at a moment": "5 train; 4 train by length; 1 train with pictures; 4 evaluate choice; 3 evaluate official; 2 compare; 2 compare rates; 3 export",
+    "SIGKILL at a file operation": "4 train; 4 train by length; 1 train with pictures; 3 evaluate choice; 2 evaluate official; 2 compare; 2 compare rates; 3 export",
+    "SIGTERM at a moment": "3 train; 2 train by length; 1 evaluate choice; 1 compare",
+    "SIGTERM at a file operation": "2 train; 1 train by length; 1 evaluate official; 1 export",
+    "torn checkpoint": "8 train",
+    "full disk": "3 train; 2 evaluate choice; 1 compare; 2 export",
+    "file-size limit": "2 train; 1 evaluate choice; 1 compare rates; 1 export",
+    "read-only output": "2 train; 2 evaluate choice; 1 compare; 1 export",
+    "dead worker of two": "4 train, two processes; 2 evaluate, two processes",
+    "changed data": "3 train; 1 compare",
+    "clock backwards": "2 train; 1 evaluate choice; 1 compare rates; 1 export",
+    "two writers": "1 train; 1 evaluate choice; 1 compare; 1 export",
 }
 SHORT = [("SIGKILL at a file operation", "train"), ("torn checkpoint", "train"), ("full disk", "train"), ("changed data", "train"), ("read-only output", "evaluate choice"),
          ("SIGKILL at a moment", "evaluate choice"), ("two writers", "evaluate choice"), ("clock backwards", "train")]  # fmt: skip
@@ -438,13 +468,28 @@ def throw(place, kind, name, dice):
         except Missed:
             unmount(place)
     else:
-        return {"kind": kind, "case": name, "command": case.command, "survived": False, "wrong": "ten times the fault came too late"}
+        return {
+            "kind": kind,
+            "case": name,
+            "command": case.command,
+            "survived": False,
+            "wrong": "ten times the fault came too late",
+        }
     torn = place.half_written(name, "SIGTERM" in kind) if place.run.exists() else []
     wrong = wrong or (f"half-written: {torn}" if torn else None) or place.finish(case)
     lost = place.differences(name, "SIGTERM" in kind) if place.run.exists() else {"everything": case.bytes[1]}
     wrong = wrong or (f"differs: {lost}" if lost else None)
     unmount(place)
-    return {"kind": kind, "case": name, "command": case.command, "where": where, "draws": draw, "survived": not wrong, "bytes_lost": sum(lost.values()), **({"wrong": wrong} if wrong else {})}
+    return {
+        "kind": kind,
+        "case": name,
+        "command": case.command,
+        "where": where,
+        "draws": draw,
+        "survived": not wrong,
+        "bytes_lost": sum(lost.values()),
+        **({"wrong": wrong} if wrong else {}),
+    }
 
 
 def unmount(place):
@@ -456,34 +501,51 @@ def plan_of(count, dice):
     "The faults to throw, case by case: all of `PLAN`, a sample of it, or some of `SHORT`."
     if count <= len(SHORT):
         return SHORT[:count]
-    every = [(kind, name) for kind, own in PLAN.items() for name, times in own.items() for _ in range(times)]
-    order = ["train", "train by length", "evaluate choice", "evaluate official", "export", "evaluate, two processes", "train, two processes", "compare", "compare rates", "train with pictures"]
+    cases = [(kind, *part.split(" ", 1)) for kind, own in PLAN.items() for part in own.split("; ")]
+    every = [(kind, name) for kind, times, name in cases for _ in range(int(times))]
+    order = ["train", "train by length", "evaluate choice", "evaluate official", "export", "evaluate, two processes"]
+    order += ["train, two processes", "compare", "compare rates", "train with pictures"]
     return sorted(dice.sample(every, min(count, len(every))), key=lambda own: order.index(own[1]))
-
-
-def versions():
-    names = ("d2mora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "filelock")
-    return {name: version(name) for name in names} | {"python": platform.python_version(), "system": platform.system()}
 
 
 def summary(faults, uneven, args, seconds):
     "All figures."
-    counts = {key: {str(k): n for k, n in sorted(Counter(fault[key] for fault in faults).items())} for key in ("kind", "command")}
-    method = {"full disk": "tmpfs" if mounts() else "RLIMIT_FSIZE", "read-only output": "immutable flag" if os.geteuid() == 0 else "mode", "two processes": "gloo, forked with torchrun's environment"}
+    count = lambda key, own: dict(sorted(Counter(fault[key] for fault in own).items()))
+    kinds = {kind: [f for f in faults if f["kind"] == kind] for kind in count("kind", faults)}
     return {
-        "command": f"python benchmarks/chaos.py --faults {args.faults} --seed {args.seed}", "seed": args.seed, "faults": len(faults), "survived": sum(f["survived"] for f in faults),
-        "bytes_lost": sum(f.get("bytes_lost", 0) for f in faults), "by_kind": counts["kind"], "by_command": counts["command"],
-        "kinds_by_command": {kind: dict(Counter(f["command"] for f in faults if f["kind"] == kind)) for kind in counts["kind"]}, "methods": method, "seconds": round(seconds),
-        "undisturbed_twice": uneven, "not_compared": list(UNEVEN), "versions": versions(), "thrown": faults,
-    }  # fmt: skip
+        "command": f"python benchmarks/chaos.py --faults {args.faults} --seed {args.seed}",
+        "seed": args.seed,
+        "faults": len(faults),
+        "survived": sum(f["survived"] for f in faults),
+        "bytes_lost": sum(f.get("bytes_lost", 0) for f in faults),
+        "by_kind": count("kind", faults),
+        "by_command": count("command", faults),
+        "kinds_by_command": {kind: count("command", own) for kind, own in kinds.items()},
+        "methods": {
+            "full disk": "tmpfs" if mounts() else "RLIMIT_FSIZE",
+            "read-only output": "immutable flag" if os.geteuid() == 0 else "mode",
+            "two processes": "gloo, forked with torchrun's environment",
+        },
+        "seconds": round(seconds),
+        "undisturbed_twice": uneven,
+        "not_compared": list(UNEVEN),
+        "versions": versions(*PACKAGES),
+        "thrown": faults,
+    }
+
+
+def tell(*words):
+    print(*words, file=sys.stderr, flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="Faults of this kind, or on this case.")
-    parser.add_argument("--at-most", type=int, default=1000, help="Throw so many now; given again, the command goes on with the next.")
+    parser.add_argument(
+        "--at-most", type=int, default=1000, help="Throw so many now; the command goes on with the next."
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "chaos.json")
     args = parser.parse_args()
     dice, began, root = random.Random(args.seed), time.monotonic(), Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -494,7 +556,7 @@ def main():
     gc.freeze()
     plan = [(kind, name) for kind, name in plan_of(args.faults, dice) if args.only in (None, kind, name)]
     part = args.output.with_suffix(".part.jsonl")  # this driver may be killed too
-    about = {"seed": args.seed, "plan": plan, "versions": versions()}
+    about = {"seed": args.seed, "plan": plan, "versions": versions(*PACKAGES)}
     faults, uneven, spent = done_before(part, json.loads(json.dumps(about)))
     left = plan[len(faults) :][: args.at_most]
     try:
@@ -502,11 +564,15 @@ def main():
             for needed in (place.cases[name].prepared or "train", name):
                 if not place.cases[needed].events:
                     uneven[needed] = {"differing": place.reference(needed), "files": len(tree(place.kept / needed))}
-        print(f"{len(uneven)} commands undisturbed, twice each: {time.monotonic() - began:.0f} s; differing: {[own['differing'] for own in uneven.values() if own['differing']]}", file=sys.stderr, flush=True)
+        differing = [own["differing"] for own in uneven.values() if own["differing"]]
+        tell(
+            f"{len(uneven)} commands undisturbed, twice each: {time.monotonic() - began:.0f} s; differing: {differing}"
+        )
         for kind, name in left:
             faults.append(throw(place, kind, name, random.Random(f"{args.seed} {len(faults)}")))
-            write_text(part, json.dumps(about | {"seconds": spent + time.monotonic() - began, "uneven": uneven, "thrown": faults}))
-            print(f"{len(faults):3} {time.monotonic() - began:5.0f} s  {kind}, {name}: {faults[-1].get('wrong') or 'survived'}", file=sys.stderr, flush=True)
+            seconds = time.monotonic() - began
+            store(part, about | {"seconds": spent + seconds, "uneven": uneven, "thrown": faults})
+            tell(f"{len(faults):3} {seconds:5.0f} s  {kind}, {name}: {faults[-1].get('wrong') or 'survived'}")
     finally:
         forbid(place.out, False)
         unmount(place)
@@ -514,9 +580,9 @@ def main():
     if len(faults) < len(plan):
         return print(f"{len(faults)} of {len(plan)} faults thrown; given again, the command goes on") or 3
     result = summary(faults, uneven, args, spent + time.monotonic() - began)
-    write_text(args.output, json.dumps(result, indent=1) + "\n")
+    store(args.output, result)
     part.unlink()
-    print(f"{result['faults']} faults, {result['survived']} survived, {result['bytes_lost']} bytes lost, {result['seconds']} s: {args.output}")
+    tell(*(f"{key}: {result[key]}" for key in ("faults", "survived", "bytes_lost", "seconds")), args.output)
     return int(result["survived"] < result["faults"] or any(own["differing"] for own in uneven.values()))
 
 

@@ -1,17 +1,18 @@
 """How long it takes to read, survey and tokenize the 107,675 real rows, without and with the cache, and to plan the 7B run.
 
-    D2MORA_SHARED=../shared python benchmarks/data_speed.py nbs/results/data-speed.json
+D2MORA_SHARED=../shared python benchmarks/data_speed.py nbs/results/data-speed.json
 """
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from common import SHARED, machine, store
 
 TASKS = "boolq,piqa,social_i_qa,winogrande,ARC-Easy,ARC-Challenge,openbookqa"
 
@@ -28,28 +29,31 @@ def timed(work):
     return dict(zip(("wall_s", "cpu_s"), (round(b - a, 1) for a, b in zip(before, clock()))))
 
 
-def measure(shared):
+def measure() -> dict:
     from transformers import AutoTokenizer
 
     from d2mora.data import DataConfig, encode_rows, read_rows, survey
 
-    tokenizer, names, path = AutoTokenizer.from_pretrained(shared / "tokenizers/mistral-v1"), TASKS.split(","), str(shared / "data")
-    config, load = DataConfig(path=path, tasks=names, prompt="official", cutoff=512), os.getloadavg()[0]
+    mistral, names, path = SHARED / "tokenizers/mistral-v1", TASKS.split(","), str(SHARED / "data")
+    tokenizer, load = AutoTokenizer.from_pretrained(mistral), os.getloadavg()[0]
+    config = DataConfig(path=path, tasks=names, prompt="official", cutoff=512)
     found = {"read and check": timed(lambda: read_rows(path, names))}
     rows = read_rows(path, names)
     found["survey"] = timed(lambda: survey(rows, path))
     found["tokenize"] = timed(lambda: encode_rows(rows, config, tokenizer))
     found["tokenize again, from the cache"] = timed(lambda: encode_rows(rows, config, tokenizer))
     command = ["-m", "d2mora.cli", "train", "llama-7b-m3n8r8", f"data.path={path}", f"data.tasks=[{TASKS}]"]
-    command += ["--tokenizer", str(shared / "tokenizers/mistral-v1"), "--dry-run"]
-    found["dry run of llama-7b-m3n8r8, nothing cached of its tokens"] = timed(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
-    return {"rows": len(rows), "tokenizer": "mistral-v1", "cores": os.cpu_count(), "load_before": round(load, 1), "load_after": round(os.getloadavg()[0], 1),
-            "machine": platform.processor() or platform.machine(), "seconds": found}  # fmt: skip
+    command = [sys.executable, *command, "--tokenizer", str(mistral), "--dry-run"]
+    dry = timed(lambda: subprocess.run(command, check=True, capture_output=True))
+    found["dry run of llama-7b-m3n8r8, nothing cached of its tokens"] = dry
+    loads = {"load_before": round(load, 1), "load_after": round(os.getloadavg()[0], 1)}
+    about = {"rows": len(rows), "tokenizer": "mistral-v1", "cores": os.cpu_count()} | loads
+    return about | {"machine": machine()["processor"], "seconds": found}
 
 
 if __name__ == "__main__":
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
-    result = json.dumps(measure(Path(os.environ.get("D2MORA_SHARED", "../shared")).resolve()), indent=1)
-    print(result)
+    result = measure()
+    print(json.dumps(result, indent=1))
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(result + "\n")
+        store(Path(sys.argv[1]), result)

@@ -3,21 +3,18 @@
 `python benchmarks/determinism.py`: benchmarks/results/determinism.json.
 """
 
-import argparse
-import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-from chaos import ROOT, UNEVEN, Case, Place, tree  # sets the environment
+from chaos import UNEVEN, Case, Place, tree  # sets the environment
 
 import torch
+from common import ROOT, command_line, store, versions
 from safetensors.torch import load_file
 
 import d2mora.cli
@@ -30,7 +27,8 @@ TWICE = ("train with pictures", "train by length", "evaluate choice", "evaluate 
 def alone(place, case, seed):
     "A command in a process of its own."
     env = os.environ | {"PYTHONHASHSEED": str(seed)}
-    done = subprocess.run([sys.executable, "-m", "d2mora.cli", *place.line(case)], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "d2mora.cli", *place.line(case)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -43,7 +41,8 @@ def twice(place, name):
         said.append(alone(place, case, seed))
         if seed == 1:
             shutil.copytree(place.run, place.kept / name, dirs_exist_ok=True)
-    return {"files": len(tree(place.run)), "differing": sorted(place.differences(name)), "printed_the_same": timed(said[0]) == timed(said[1])}
+    found = {"files": len(tree(place.run)), "differing": sorted(place.differences(name))}
+    return found | {"printed_the_same": timed(said[0]) == timed(said[1])}
 
 
 def timed(said):
@@ -61,22 +60,40 @@ def result(place, case, threads=1):
 
 def apart(a, b):
     "How far two runs are from each other."
-    x, y = (torch.cat([t.flatten() for _, t in sorted(load_file(run / "adapter" / "adapter_model.safetensors").items())]) for run in (a, b))
+    files = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (a, b))
+    x, y = (torch.cat([tensors[name].flatten() for name in sorted(tensors)]) for tensors in files)
     losses = [abs(m[key] - n[key]) for m, n in zip(read_metrics(a), read_metrics(b)) for key in m if "loss" in key]
-    return {"equal_to_the_bit": torch.equal(x, y), "adapter_relative": float((x - y).norm() / y.norm()), "largest_loss_difference": max(losses)}
+    found = {"equal_to_the_bit": torch.equal(x, y), "adapter_relative": float((x - y).norm() / y.norm())}
+    return found | {"largest_loss_difference": max(losses)}
 
 
 def processes(place):
-    "One process against two: a graded row is the same to the bit; a training step that reads the same rows (all do in a first epoch) agrees as far as sums in another order do."
-    graded = place.cases["evaluate, two processes"]
-    rows = [sorted((run / "evaluation-generate.jsonl").read_text().splitlines()) for run in (result(place, Case("evaluate", graded.words, n, prepared=graded.prepared)) for n in (1, 2))]
-    words = [word for word in place.cases["train, two processes"].words if "dropout" not in word and "batch_size" not in word]
-    runs = [result(place, Case("train", [*words, "adapter.lora_dropout=0.0", "training.max_steps=8", f"training.per_device_train_batch_size={4 // n}"], n)) for n in (1, 2)]
+    "One process against two, in a first epoch, in which all read the same rows: graded rows are equal to the bit."
+    graded, train = place.cases["evaluate, two processes"], place.cases["train, two processes"]
+    words = [word for word in train.words if "dropout" not in word and "batch_size" not in word]
+    words += ["adapter.lora_dropout=0.0", "training.max_steps=8"]
+    rows, runs = [], []
+    for n in (1, 2):
+        run = result(place, Case("evaluate", graded.words, n, prepared=graded.prepared))
+        rows.append(sorted((run / "evaluation-generate.jsonl").read_text().splitlines()))
+        own = [*words, f"training.per_device_train_batch_size={4 // n}"]
+        runs.append(result(place, Case("train", own, n)))
     return {"graded_rows_equal": rows[0] == rows[1], "rows": len(rows[0]), "training": apart(*runs)}
 
 
+PROMISED = {
+    "same command, same machine, same versions": "every file equal, but for training_args.bin, which is written and "
+    "not read, and times in trainer_state.json",
+    "a killed run that goes on": "as an undisturbed one (chaos.json)",
+    "evaluation by other numbers of processes": "the same rows",
+    "training by other numbers of processes": "losses to 1e-5, adapter to 1e-4, without dropout, in the first epoch; "
+    "the rows that are left at its end are shared out otherwise",
+    "other numbers of threads, other machines, other versions": "nothing",
+}
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "determinism.json")
     args, root, began = parser.parse_args(), Path(tempfile.mkdtemp(prefix="twice-")), time.monotonic()
     place = Place(root)
@@ -88,12 +105,9 @@ def main():
         found["threads"] = apart(*(result(place, place.cases["train"], threads) for threads in (1, 2)))
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    promised = {"same command, same machine, same versions": "every file equal, but for training_args.bin, which is written and not read, and times in trainer_state.json",
-                "a killed run that goes on": "as an undisturbed one (chaos.json)", "evaluation by other numbers of processes": "the same rows",
-                "training by other numbers of processes": "losses to 1e-5, adapter to 1e-4, without dropout, in the first epoch; the rows that are left at its end are shared out otherwise", "other numbers of threads, other machines, other versions": "nothing"}  # fmt: skip
-    versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft", "accelerate", "datasets")} | {"python": platform.python_version(), "system": platform.system()}
-    about = {"command": "python benchmarks/determinism.py", "promised": promised, "not_compared": list(UNEVEN), "seconds": round(time.monotonic() - began)}
-    args.output.write_text(json.dumps(about | found | {"versions": versions}, indent=1) + "\n")
+    about = {"command": "python benchmarks/determinism.py", "promised": PROMISED, "not_compared": list(UNEVEN)}
+    about |= {"seconds": round(time.monotonic() - began)} | found
+    store(args.output, about | {"versions": versions("accelerate", "datasets")})
 
 
 if __name__ == "__main__":

@@ -3,40 +3,26 @@
     python benchmarks/export_frontier.py --world toy     # nbs/results/demo; writes nbs/results/export-toy.json, about 5 minutes on one core
     python benchmarks/export_frontier.py --world real    # D2MoRA on stories260K; writes nbs/results/export-real.json, about half an hour
 
-The real adapter is runs/grade-real/D2MoRA, which is trained first where it is missing (as `grade_main_job.py --world real` does).
+The real adapter is runs/grade-real/seed-0/D2MoRA, which is trained first where it is missing (as `grade_main_job.py --world real` does).
 Measured: the fitted map cut to each rank, and the same distilled. Then one export for all tasks against one for each task.
 """
 
-import argparse
-import json
-import platform
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 import transformers
+from common import ROOT, command_line, machine, store, versions
 
 from d2mora.data import data_path
 from d2mora.evaluate import load_target, test_rows
 from d2mora.export import calibrate, distill, encoded_rows, measure, static_lora
 from d2mora.recipe import load_recipe, max_positions
-from d2mora.utils import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
+ON_TOY, ON_REAL = ROOT / "nbs/results/demo", ROOT / "runs/grade-real/seed-0/D2MoRA"
 WORLDS = {
-    "toy": dict(
-        run=ROOT / "nbs/results/demo",
-        ranks=(1, 2, 3, 5, 7, 9),
-        distilled=(1, 2, 3, 5, 7, 9),
-        steps=100,
-        limit=100,
-        rows=100,
-    ),
-    "real": dict(
-        run=ROOT / "runs/grade-real/D2MoRA", ranks=(2, 4, 8, 16, 24), distilled=(2, 8, 24), steps=60, limit=100, rows=60
-    ),
+    "toy": dict(run=ON_TOY, ranks=(1, 2, 3, 5, 7, 9), distilled=(1, 2, 3, 5, 7, 9), steps=100, limit=100, rows=100),
+    "real": dict(run=ON_REAL, ranks=(2, 4, 8, 16, 24), distilled=(2, 8, 24), steps=60, limit=100, rows=60),
 }
 
 
@@ -47,7 +33,7 @@ def trained(world: str) -> Path:
         from grade_main_job import real, trained
 
         name, overrides, adapters, _ = real()
-        trained(folder, name, overrides, adapters["D2MoRA"])
+        trained(folder, name, overrides, adapters["D2MoRA"], seed=0)
     return folder
 
 
@@ -64,27 +50,21 @@ def forms_of(model, tokenizer, rows, world, learning_rate):
 
 def by_task(model, tokenizer, config, tasks, train, limit, rank) -> dict:
     "One LoRA for all tasks against one for each, on each task's rows."
-    shared, found = static_lora(model, calibrate(model, [row for own in train.values() for row in own]), rank), {}
+    shared, found = static_lora(model, calibrate(model, sum(train.values(), [])), rank), {}
     for task in tasks:
-        own = static_lora(model, calibrate(model, train[task]), rank)
-        costs = measure(
-            model,
-            {"all": shared, "own": own},
-            tokenizer,
-            test_rows(config.path, [task], limit),
-            encoded_rows(tokenizer, config, task, "test", 32),
-            config.prompt,
-        )
-        found[task] = {"routed": costs["own"]["routed_average"]} | {
-            name: {"agreement": c["agreement"], "accuracy": c["average"], "divergence": c["divergence"]}
-            for name, c in costs.items()
-        }
+        forms = {"all": shared, "own": static_lora(model, calibrate(model, train[task]), rank)}
+        texts = encoded_rows(tokenizer, config, task, "test", 32)
+        costs = measure(model, forms, tokenizer, test_rows(config.path, [task], limit), texts, config.prompt)
+        found[task] = {"routed": costs["own"]["routed_average"]}
+        for name, cost in costs.items():
+            kept = {"agreement": cost["agreement"], "accuracy": cost["average"], "divergence": cost["divergence"]}
+            found[task][name] = kept
         print(task, {name: found[task][name]["agreement"] for name in costs}, flush=True)
     return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--world", choices=WORLDS, required=True)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -95,18 +75,15 @@ def main():
     config = replace(config, path=data_path(config), cutoff=min(config.cutoff, max_positions(model) or config.cutoff))
     learning_rate = load_recipe(run / "recipe.yaml").training["learning_rate"]
     train = {task: encoded_rows(tokenizer, config, task, "train", world["rows"]) for task in config.tasks}
-    rows, texts = (
-        test_rows(config.path, config.tasks, limit),
-        [row for task in config.tasks for row in encoded_rows(tokenizer, config, task, "test", 32)],
-    )
+    rows, every = test_rows(config.path, config.tasks, limit), sum(train.values(), [])
+    texts = [row for task in config.tasks for row in encoded_rows(tokenizer, config, task, "test", 32)]
     forms = {}
-    every = [row for own in train.values() for row in own]
     for form, rank, static in forms_of(model, tokenizer, every, world, learning_rate):
         name = f"{form} R {rank}"
-        found = measure(model, {name: static}, tokenizer, rows, texts, config.prompt)[name]
-        forms[name] = found | {"form": form, "rank": rank}
-        figures = [round(found[key], 3) for key in ("agreement", "average", "divergence")]
-        print(name, *figures, f"{time.process_time() - began:.0f} s", flush=True)
+        forms[name] = measure(model, {name: static}, tokenizer, rows, texts, config.prompt)[name]
+        found = {key: forms[name][key] for key in ("agreement", "average", "divergence")}
+        print(name, found, f"{time.process_time() - began:.0f} s", flush=True)
+        forms[name] |= {"form": form, "rank": rank}
     adapter = model.peft_config["default"]
     result = {
         "command": f"python benchmarks/export_frontier.py --world {options.world}",
@@ -120,11 +97,10 @@ def main():
         "per_task_rank": adapter.r,
         "per_task": by_task(model, tokenizer, config, config.tasks, train, limit, adapter.r),
         "cpu_seconds": round(time.process_time() - began),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "machine": machine(),
+        "versions": versions(),
     }
-    write_text(options.output or ROOT / f"nbs/results/export-{options.world}.json", json.dumps(result, indent=1) + "\n")
+    store(options.output or ROOT / f"nbs/results/export-{options.world}.json", result)
 
 
 if __name__ == "__main__":

@@ -8,81 +8,58 @@ greedy: with the usual growing cache, with a static one, and with a static one a
 reported is the mean ratio within rounds with its 95 % interval, of wall time and of processor time, which other jobs disturb less. D2MoRA's
 tokens under each cache are compared with those under the growing one.
 """
-import argparse
+
 import copy
 import json
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import peft
 import torch
 import transformers
-from layer import COMMON, OURS, SHAPES, frozen, machine, ratio
+from common import ROOT, command_line, machine, store, versions
+from layer import COMMON, METHODS, SHAPES, adapted, frozen, generation, in_turns, ratios
 
-ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"D2MoRA": OURS, "merged": None, **{f"LoRA r {r}": peft.LoraConfig(r=r, lora_alpha=2 * r, **COMMON) for r in (8, 64)}}
-NEW = 24
+NAMES, CACHES, NEW = ("D2MoRA", "merged", "LoRA r 8", "LoRA r 64"), ("growing", "static", "static, compiled"), 24
+METHODS["LoRA r 8"] = peft.LoraConfig(r=8, lora_alpha=16, **COMMON)
 SHAPES["d 1024, 2 layers"] = SHAPES["d 1024, 6 layers"] | {"num_hidden_layers": 2}
 
 
-def adapted(base, config):
-    "The base with an adapter of random weights; the frozen weights are shared."
-    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    if config is None: return model.eval()
-    model = peft.get_peft_model(model, config)
-    torch.manual_seed(1)
-    for p in model.parameters():
-        if p.requires_grad: torch.nn.init.normal_(p, std=0.02)
-    return model.eval()
-
-
-def writer(model, cache: str):
-    "Greedy generation, ready to be called; it gives the new tokens."
-    ids = (torch.arange(32) * 7 % 1000)[None]
+def writer(base, name: str, cache: str):
+    "Greedy generation with a kind of cache, ready to be called."
+    shared = {id(p): p for p in base.parameters()}  # the frozen weights
+    model = copy.deepcopy(base, shared) if name == "merged" else adapted(base, name)
     whole = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    if cache == "static, compiled": whole.forward = torch.compile(whole.forward)
-    extra = {} if cache == "growing" else {"cache_implementation": "static"}
-
-    def write():
-        with torch.no_grad(): out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0, **extra)
-        return out[0, ids.shape[1]:].tolist()
-    return write
-
-
-def in_turns(calls: dict, rounds: int) -> dict:
-    "(wall, processor) seconds of each call in each round, in changing order, after two rounds that warm up."
-    seconds, names = {name: [] for name in calls}, list(calls)
-    for r in range(-2, rounds):
-        for name in names[r % len(names):] + names[:r % len(names)]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            calls[name]()
-            if r >= 0: seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return seconds
+    if cache == "static, compiled":
+        whole.forward = torch.compile(whole.forward)
+    ids = (torch.arange(32) * 7 % 1000)[None]
+    return generation(model, ids, NEW, **({} if cache == "growing" else {"cache_implementation": "static"}))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=ROOT / "nbs/results/generation.json")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     begun, about, base = time.perf_counter(), machine(), frozen("d 1024, 2 layers")
-    caches = ("growing", "static", "static, compiled")
-    calls = {(cache, name): writer(adapted(base, config), cache) for cache in caches for name, config in METHODS.items()}
-    written = {cache: calls[cache, "D2MoRA"]() for cache in caches}
+    calls = {(cache, name): writer(base, name, cache) for cache in CACHES for name in NAMES}
+    written = {cache: calls[cache, "D2MoRA"]() for cache in CACHES}
     assert all(tokens == written["growing"] for tokens in written.values()), written
-    seconds = in_turns(calls, options.rounds)
-    clocks = ("wall", "cpu")
-    against = {cache: {name: {clock: ratio([s[i] for s in seconds[cache, "D2MoRA"]], [s[i] for s in seconds[cache, name]]) for i, clock in enumerate(clocks)}
-                       for name in METHODS if name != "D2MoRA"} for cache in caches}
-    caching = {cache: {clock: ratio([s[i] for s in seconds[cache, "D2MoRA"]], [s[i] for s in seconds["growing", "D2MoRA"]]) for i, clock in enumerate(clocks)} for cache in caches[1:]}
-    result = {"command": "python benchmarks/generation.py", "rounds": options.rounds, "new_tokens": NEW, "D2MoRA against": against, "D2MoRA, cache against growing": caching, "same_tokens": True,
-              "median_seconds": {cache: {name: round(median(w for w, _ in seconds[cache, name]), 3) for name in METHODS} for cache in caches},
-              "minutes": round((time.perf_counter() - begun) / 60, 1), "machine": about, "versions": {name: version(name) for name in ("torch", "transformers", "peft")}}
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: result[k] for k in ("D2MoRA against", "D2MoRA, cache against growing", "minutes")}, indent=1))
+    seconds = in_turns(calls, options.rounds, warm=2)
+    took = {cache: {name: seconds[cache, name] for name in NAMES} for cache in CACHES}
+    ours = {cache: own["D2MoRA"] for cache, own in took.items()}
+    found = {
+        "D2MoRA against": {cache: {n: ratios(ours[cache], own[n]) for n in NAMES[1:]} for cache, own in took.items()},
+        "D2MoRA, cache against growing": {cache: ratios(ours[cache], ours["growing"]) for cache in CACHES[1:]},
+        "minutes": round((time.perf_counter() - begun) / 60, 1),
+    }
+    medians = {cache: {n: round(median(w for w, _ in s), 3) for n, s in own.items()} for cache, own in took.items()}
+    result = {"command": "python benchmarks/generation.py", "rounds": options.rounds, "new_tokens": NEW} | found
+    result |= {"same_tokens": True, "median_seconds": medians, "machine": about, "versions": versions()}
+    store(options.output, result)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def worst(found, right):
 
 def together(found, right):
     "The relative difference of all tensors as one vector."
-    return float(relative(*(torch.cat([tensors[name].flatten().float() for name in right]) for tensors in (found, right))))
+    return float(
+        relative(*(torch.cat([tensors[name].flatten().float() for name in right]) for tensors in (found, right)))
+    )
 
 
 def fill(model, std):
@@ -42,7 +44,14 @@ def fill(model, std):
 def small_model(device, std=0.1, **fields):
     "A LLaMA of two layers with a filled adapter, float32, the same on each device."
     torch.manual_seed(0)
-    shape = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    shape = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     config = d2mora.D2MoraConfig(**COMMON | {"lora_dropout": 0.0} | fields)
     return fill(peft.get_peft_model(AutoModelForCausalLM.from_config(shape).to(device), config), std)
 
@@ -77,16 +86,24 @@ def golden(device, shared, trial, name, dtype):
         meta, gold = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
 
     def ours(prefix):
-        published = {f"base_model.model.proj.{k.removeprefix(prefix)}": v for k, v in gold.items() if k.startswith(f"{prefix}lora_")}
+        published = {
+            f"base_model.model.proj.{k.removeprefix(prefix)}": v
+            for k, v in gold.items()
+            if k.startswith(f"{prefix}lora_")
+        }
         return d2mora.convert_official_checkpoint(published, lora_alpha=float(meta["lora_alpha"]), task_type=None)
 
-    net = torch.nn.ModuleDict({"proj": torch.nn.Linear(gold["x"].shape[-1], gold["y"].shape[-1], bias="base.bias" in gold)})
+    net = torch.nn.ModuleDict(
+        {"proj": torch.nn.Linear(gold["x"].shape[-1], gold["y"].shape[-1], bias="base.bias" in gold)}
+    )
     net.proj.load_state_dict({k.removeprefix("base."): v for k, v in gold.items() if k.startswith("base.")})
     model = peft.get_peft_model(net.to(device, dtype), ours("")[0])
     peft.set_peft_model_state_dict(model, ours("")[1])
     x = gold["x"].to(device, dtype).requires_grad_()
     y = net.proj(x)
-    loss = (y.float() * gold["grad_out"].to(device)).sum() + float(meta["orth_weight"]) * d2mora.orthogonality_loss(model)
+    loss = (y.float() * gold["grad_out"].to(device)).sum() + float(meta["orth_weight"]) * d2mora.orthogonality_loss(
+        model
+    )
     loss.backward()
     grads = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if "d2mora_" in n}
     return worst({"y": y, "x": x.grad} | grads, {"y": gold["y"], "x": gold["grad.x"]} | ours("grad.")[1])
@@ -114,7 +131,11 @@ def redrawn_mask(device, shared, trial):
         added, again = y - net.proj.base_layer(x), run(v)
         by_A = sum((p * p.grad).sum() for name, p in net.named_parameters() if "d2mora_A" in name)
         pairs = ((again, (x.grad * v).sum()), (added, by_A))
-        return float(torch.stack([((g * out).sum() - found).abs() / (out.norm() * g.norm() / g.numel() ** 0.5) for out, found in pairs]).max())
+        return float(
+            torch.stack(
+                [((g * out).sum() - found).abs() / (out.norm() * g.norm() / g.numel() ** 0.5) for out, found in pairs]
+            ).max()
+        )
 
 
 def one_step(device, half, fused):

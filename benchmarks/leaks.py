@@ -3,24 +3,22 @@
 `python benchmarks/leaks.py`: benchmarks/results/leaks.json. `--leak BYTES` keeps so much at each step, so that the check can be seen to fail.
 """
 
-import argparse
 import gc
-import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import peft
 import psutil
 import torch
+from common import ROOT, command_line, store, versions
 from transformers import TrainerCallback
 
 from d2mora.cli import hush
@@ -31,12 +29,11 @@ from d2mora.toy import toy_rows
 from d2mora.train import train
 from d2mora.tuner import record_routing
 
-ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "nbs" / "results" / "demo" / "adapter"
-SETTLED = 0.3   # the part of the steps after which memory is to stay
+SETTLED = 0.3  # the part of the steps after which memory is to stay
 ALLOWED = 0.02  # by which it may grow from there on
 PROCESS = psutil.Process()
-kept = []       # what a planted leak keeps
+kept = []  # what a planted leak keeps
 
 
 def living():
@@ -61,8 +58,9 @@ class Curve:
         rest = [(step, own) for step, own in zip(self.steps, self.bytes) if step >= SETTLED * self.steps[-1]]
         growth = max(own for _, own in rest) / rest[0][1] - 1
         every = max(1, len(self.steps) // 40)
-        return {"steps": self.steps[-1], "settled_at": rest[0][0], "bytes_there": rest[0][1], "growth": round(growth, 5), "bytes_per_step": round(slope(rest)),
-                "constant": growth <= ALLOWED, "curve": list(zip(self.steps, self.bytes))[::every]}  # fmt: skip
+        found = {"steps": self.steps[-1], "settled_at": rest[0][0], "bytes_there": rest[0][1]}
+        found |= {"growth": round(growth, 5), "bytes_per_step": round(slope(rest)), "constant": growth <= ALLOWED}
+        return found | {"curve": list(zip(self.steps, self.bytes))[::every]}
 
 
 def slope(points):
@@ -79,8 +77,9 @@ class Look(TrainerCallback):
 
 
 def recipe(steps, **more):
-    keys = {"data.tasks": ["boolq", "piqa"], "training.max_steps": steps, "training.per_device_train_batch_size": 8, "training.logging_steps": 10, "training.save_strategy": "steps",
-            "training.save_steps": max(1, steps // 10), "training.save_total_limit": 2, "training.use_cpu": True, "training.disable_tqdm": True}  # fmt: skip
+    keys = {"max_steps": steps, "per_device_train_batch_size": 8, "logging_steps": 10, "save_strategy": "steps"}
+    keys |= {"save_steps": max(1, steps // 10), "save_total_limit": 2, "use_cpu": True, "disable_tqdm": True}
+    keys = {f"training.{key}": value for key, value in keys.items()} | {"data.tasks": ["boolq", "piqa"]}
     return load_recipe("demo", keys | more)
 
 
@@ -110,8 +109,9 @@ def writing(steps, leak=0):
 
 def parts(model):
     "What an adapter adds to: modules, parameters, hooks."
-    hooks = sum(len(getattr(m, name)) for m in model.modules() for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
-    return {"modules": sum(1 for _ in model.modules()), "parameters": sum(1 for _ in model.parameters()), "hooks": hooks}
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
+    return {"modules": len([*model.modules()]), "parameters": len([*model.parameters()]), "hooks": hooks}
 
 
 def adapters(times, leak=0):
@@ -129,11 +129,13 @@ def adapters(times, leak=0):
             model = peft.PeftModel.from_pretrained(model.unload(), str(DEMO)).eval()
             curve.look(n + 1)
         same = torch.equal(model(ids).logits, first)
-    return curve.figures() | {"before": before, "after": parts(model), "tensors": [tensors, living()], "same_logits": same}
+    found = {"before": before, "after": parts(model), "tensors": [tensors, living()], "same_logits": same}
+    return curve.figures() | found
 
 
 def opened():
-    return {"files": PROCESS.num_fds() if hasattr(PROCESS, "num_fds") else PROCESS.num_handles(), "processes": len(PROCESS.children(recursive=True)), "tensors": living()}
+    files = PROCESS.num_fds() if hasattr(PROCESS, "num_fds") else PROCESS.num_handles()
+    return {"files": files, "processes": len(PROCESS.children(recursive=True)), "tensors": living()}
 
 
 def left(folder):
@@ -147,20 +149,24 @@ def left(folder):
 
 def killed(folder):
     "A run with two loading processes is killed from outside: how long until they are gone too."
-    words = [f"{key}={json.dumps(value)}" for key, value in {"training.max_steps": 5000, "training.dataloader_num_workers": 2, "training.use_cpu": True, "training.logging_steps": 1}.items()]
-    run = subprocess.Popen([sys.executable, "-m", "d2mora.cli", "train", "demo", *words, "--output", str(folder / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    keys = {"max_steps": 5000, "dataloader_num_workers": 2, "use_cpu": "true", "logging_steps": 1}
+    words = ["demo", *(f"training.{key}={value}" for key, value in keys.items()), "--output", str(folder / "killed")]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    run = subprocess.Popen([sys.executable, "-m", "d2mora.cli", "train", *words], **quiet)
     metrics, until = folder / "killed" / "metrics.jsonl", time.monotonic() + 300
-    while time.monotonic() < until and run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+    steps = lambda: metrics.read_text().count("\n") if metrics.exists() else 0
+    while time.monotonic() < until and run.poll() is None and steps() <= 3:
         time.sleep(0.05)
     workers = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(signal.SIGKILL), run.wait()
     began = time.monotonic()
     _, alive = psutil.wait_procs(workers, timeout=120)
-    return {"loading_processes": len(workers), "left": len(alive), "gone_after_seconds": round(time.monotonic() - began, 1)}
+    took = round(time.monotonic() - began, 1)
+    return {"loading_processes": len(workers), "left": len(alive), "gone_after_seconds": took}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--leak", type=int, default=0, help="Bytes to keep at each step.")
@@ -169,16 +175,20 @@ def main():
     args = parser.parse_args()
     hush(), torch.set_num_threads(1), torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="leaks-") as name:
-        jobs = {"training": lambda: training(Path(name), args.steps, args.leak), "writing": lambda: writing(args.steps, args.leak), "adapters": lambda: adapters(args.adapters, args.leak),
-                "left": lambda: left(Path(name)), "killed": lambda: killed(Path(name))}  # fmt: skip
+        jobs = {
+            "training": lambda: training(Path(name), args.steps, args.leak),
+            "writing": lambda: writing(args.steps, args.leak),
+            "adapters": lambda: adapters(args.adapters, args.leak),
+            "left": lambda: left(Path(name)),
+            "killed": lambda: killed(Path(name)),
+        }
         found = {}
         for part in args.parts.split(","):
             found[part] = jobs[part]()
-            print(part, {key: value for key, value in found[part].items() if key != "curve"}, file=sys.stderr, flush=True)
-    versions = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft", "accelerate")} | {"python": platform.python_version(), "system": platform.system()}
-    about = {"command": "python " + " ".join(["benchmarks/leaks.py", *sys.argv[1:]]), "allowed_growth": ALLOWED, "settled_after": SETTLED}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(about | found | {"versions": versions}, indent=1) + "\n")
+            print(part, {k: v for k, v in found[part].items() if k != "curve"}, file=sys.stderr, flush=True)
+    about = {"command": "python " + " ".join(["benchmarks/leaks.py", *sys.argv[1:]])}
+    about |= {"allowed_growth": ALLOWED, "settled_after": SETTLED}
+    store(args.output, about | found | {"versions": versions("accelerate")})
 
 
 if __name__ == "__main__":

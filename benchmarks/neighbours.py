@@ -7,7 +7,6 @@ recipe `demo`, cut to the same steps, with the same seeds, graded on as many row
 stand in the output file and are not trained again.
 """
 
-import argparse
 import json
 import tempfile
 from dataclasses import replace
@@ -18,6 +17,7 @@ import nbformat
 import torch
 import transformers
 from axes import LIMIT, PLATEAU, SEEDS, STEPS, left_plateau
+from common import command_line, store
 from torch import Tensor
 
 from d2mora.compare import about_comparison, varied
@@ -27,36 +27,22 @@ from d2mora.many_to_many import mix_down
 from d2mora.scoring import grade_rows
 from d2mora.recipe import load_base, load_recipe
 from d2mora.routers import many_to_many
-from d2mora.utils import write_text
 from d2mora.shared_a import mix_up, one_to_many, one_to_one
 from d2mora.train import train
 from d2mora.tuner import PAIRINGS
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "c_related.ipynb"
-GIVEN = dict(
-    torch=torch,
-    nn=torch.nn,
-    load_base=load_base,
-    Tensor=Tensor,
-    replace=replace,
-    mix_down=mix_down,
-    mix_up=mix_up,
-    one_to_one=one_to_one,
-    one_to_many=one_to_many,
-    many_to_many=many_to_many,
-    PAIRINGS=PAIRINGS,
-)
+GIVEN = dict(torch=torch, nn=torch.nn, load_base=load_base, Tensor=Tensor, replace=replace, PAIRINGS=PAIRINGS)
+GIVEN |= dict(mix_down=mix_down, mix_up=mix_up, one_to_one=one_to_one, one_to_many=one_to_many)
+GIVEN |= dict(many_to_many=many_to_many)
 
 
 def ideas() -> dict:
     "Run the notebook's marked cells; what they define."
-    cells = [
-        c.source
-        for c in nbformat.read(NOTEBOOK, as_version=4).cells
-        if c.source.startswith("# benchmarks/neighbours.py runs this cell too")
-    ]
-    for source in cells:
-        exec(source, GIVEN)
+    mark = "# benchmarks/neighbours.py runs this cell too"
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.source.startswith(mark):
+            exec(cell.source, GIVEN)
     return GIVEN
 
 
@@ -75,26 +61,15 @@ class Hand(transformers.TrainerCallback):
 def measured(recipe, name: str, given: dict, seed: int) -> dict:
     "Train one idea once and grade it in memory: an adapter with a pairing of a notebook can be loaded nowhere else."
     _, M, N, r = given["IDEAS"][name]
-    adapter = (
-        recipe.adapter
-        | dict(
-            pairing=name,
-            num_down_experts=M,
-            num_up_experts=N,
-            r=r,
-            lora_alpha=r * recipe.adapter["lora_alpha"] / recipe.adapter["r"],
-            orthogonality_weight=0.0,
-        )
-        | given["FIELDS"].get(name, {})
-    )
+    size = {"num_down_experts": M, "num_up_experts": N, "r": r}
+    size |= {"lora_alpha": r * recipe.adapter["lora_alpha"] / recipe.adapter["r"]}
+    adapter = recipe.adapter | size | {"pairing": name, "orthogonality_weight": 0.0} | given["FIELDS"].get(name, {})
     hand = Hand(given["BESIDES"].get(name, lambda model: None))
     with tempfile.TemporaryDirectory() as folder:
         left = left_plateau(train(varied(recipe, adapter, seed=seed), Path(folder) / "run", [hand]))
     model, tokenizer = hand.model.eval(), load_base(recipe.base)[1]
-    right = {
-        task: [g["right"] for g in grade_rows(model, tokenizer, task, rows)]
-        for task, rows in test_rows(data_path(recipe.data), None, LIMIT).items()
-    }
+    rows = test_rows(data_path(recipe.data), None, LIMIT).items()
+    right = {task: [g["right"] for g in grade_rows(model, tokenizer, task, own)] for task, own in rows}
     tasks = {task: sum(own) / len(own) for task, own in right.items()}
     return {
         "seed": seed,
@@ -107,7 +82,7 @@ def measured(recipe, name: str, given: dict, seed: int) -> dict:
 
 def main():
     "Command line."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("output", type=Path)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -117,15 +92,11 @@ def main():
         runs = found.setdefault(name, [])
         if seed not in [run["seed"] for run in runs]:
             runs.append(measured(recipe, name, given, seed))
-        about = about_comparison(recipe, "equal", LIMIT) | {
-            "command": f"python benchmarks/neighbours.py {args.output}",
-            "plateau": PLATEAU,
-        }
-        write_text(args.output, json.dumps(about | {"ideas": found}, indent=1) + "\n")
-        print(
-            f"{name}, seed {seed}: {100 * runs[-1]['average']:.1f}, off the plateau at step {runs[-1]['left_plateau']}",
-            flush=True,
-        )
+        about = about_comparison(recipe, "equal", LIMIT)
+        about |= {"command": f"python benchmarks/neighbours.py {args.output}", "plateau": PLATEAU}
+        store(args.output, about | {"ideas": found})
+        reached, left = 100 * runs[-1]["average"], runs[-1]["left_plateau"]
+        print(f"{name}, seed {seed}: {reached:.1f}, off the plateau at step {left}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,18 @@ set are left out of both, and the base reads none that stands among the study's.
 Weights are no part of the repository: they follow from seed and data, and their hash stands in the figures.
 """
 
-import argparse
 import json
 import os
 import random
 import sys
 import time
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
+from common import ROOT, command_line, store, versions
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
@@ -39,7 +38,6 @@ from d2mora.train import ProgressBar
 from d2mora.utils import publish, write_text
 from d2mora.tasks import TASKS, row_answers, training_prompt
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAINED = [task for task in TASKS if task != "hellaswag"]  # whose train sets are free to ship
 SIZES = dict(hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 BLOCK, ROWS = 256, 8  # tokens of a training sequence; sequences a step
@@ -266,7 +264,7 @@ def figures(args, model, tokenizer, state, read: dict, seconds: float, tests: di
         "cpu_seconds": round(seconds),
         "sha256": sha256((args.output / "model.safetensors").read_bytes()).hexdigest(),
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "versions": versions("tokenizers"),
     }
 
 
@@ -291,12 +289,12 @@ def make(args) -> None:
     write_rows(args.output.with_name("data"), drawn)
     publish(work / "base", args.output)
     tests = {task: [told(row, task) for row in own["test"][:100]] for task, own in drawn.items()}
-    write_text(args.figures, json.dumps(figures(args, model, tokenizer, state, read, seconds, tests), indent=1) + "\n")
+    store(args.figures, figures(args, model, tokenizer, state, read, seconds, tests))
 
 
 def main(argv=None) -> None:
     "Command line."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", default=os.environ.get("D2MORA_DATA"), help="folder with one folder a task")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "runs/real/base", help="the study's rows go beside it, into `data`"

@@ -66,7 +66,10 @@ def loss_figures(recipe: Recipe, target: Path | None, limit: int) -> dict[str, d
     "By kind of loss: mean and interval for each task, and over the tasks; of the base where there is no run."
     model, tokenizer, _ = load_target(target, None if target else recipe.base)
     longest = model.config.max_position_embeddings  # no test row is cut that the base can read
-    config, found = DataConfig(recipe.data.path, prompt=recipe.data.prompt, cutoff=longest), {kind: {} for kind in KINDS}
+    config, found = (
+        DataConfig(recipe.data.path, prompt=recipe.data.prompt, cutoff=longest),
+        {kind: {} for kind in KINDS},
+    )
     for task in recipe.data.tasks:
         rows = read_task(recipe.data.path, task, "test").to_list()[:limit]
         losses = task_losses(model.eval(), tokenizer, config, rows)
@@ -116,7 +119,9 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="base=FOLDER, section.key=value: values of benchmarks/real.yaml")
     parser.add_argument("--methods", type=listed(), default=list(METHODS))
-    parser.add_argument("--budget", choices=BUDGETS, default="equal", help="equal parameters, or the paper's proportions")
+    parser.add_argument(
+        "--budget", choices=BUDGETS, default="equal", help="equal parameters, or the paper's proportions"
+    )
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2, 3, 4])
     parser.add_argument("--learning-rates", type=listed(float), default=[], help="try these instead of searching")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")

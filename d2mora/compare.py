@@ -25,9 +25,9 @@ from statistics import mean, stdev
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .analysis import Monitor, as_model, draw, layer_similarity, mean_similarity
+from .analysis import Monitor, draw, layer_similarity, mean_similarity
 from .data import collator_for, data_path, prepare, read_rows
-from .evaluate import PROTOCOLS, evaluate, holm, mean_std, own_tasks, percent, report, seeds_table
+from .evaluate import PROTOCOLS, evaluate, holm, load_target, mean_std, own_tasks, percent, report, seeds_table
 from .evaluate import tasks_to_grade, text_table
 from .recipe import Recipe, bare_model, adapted_base, base_shape, check_training
 from .tasks import TASKS, checked_name
@@ -347,7 +347,7 @@ def _grades(recipe: Recipe, folder: Path, protocol: str, limit: int | None) -> d
 
 def _similarity(folder: Path) -> dict[str, float]:
     "The mean |cosine| of A's and of B's, where there are several."
-    experts = layer_similarity(as_model(folder))
+    experts = layer_similarity(load_target(folder)[0])
     similar = {side: mean_similarity(experts, side) for side in ("down", "up")}
     return {side: value for side, value in similar.items() if not math.isnan(value)}
 

@@ -92,14 +92,13 @@ def active_experts(
 # %% ../nbs/05_orthogonality.ipynb #5b47e4ec
 def orthogonality_loss(
     model: nn.Module,  # any model with adapted layers
-    parts: bool = False,  # give the sums of A's and of B's apart
-) -> Tensor | tuple[Tensor, Tensor]:  # a scalar, without λ; or the pair (down, up)
+) -> Tensor:  # a scalar, without λ
     "The dual orthogonality loss of D2MoRA (Zuo et al., AAAI 2026): similarity of A's and of B's, summed over all layers."
     experts = active_experts(model)
     device = experts[0][0].weight.device
     down = torch.stack([similarity(A.stack()).to(device) for A, _, _ in experts]).sum()
     up = torch.stack([similarity(B.stack()).to(device) for _, B, _ in experts]).sum()
-    return (down, up) if parts else down + up
+    return down + up
 
 # %% ../nbs/05_orthogonality.ipynb #8f77f502
 def add_orthogonality_gradient(

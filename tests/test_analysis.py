@@ -21,22 +21,12 @@ from d2mora.tuner import mixture, watch_layers
 ROOT = Path(__file__).parents[1]
 TEXTS = [list(range(5, 25)), list(range(30, 33)), [7, 8, 9, 90, 91, 92, 93], list(range(40, 60))]
 VOCABULARY = 512  # the toy world's tokens among them
-SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256
-)
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
-# ---- models that call adapted layers otherwise than with (batch, tokens, width) ----
 def tiny_opt():
     "Flattens (batch, tokens) before fc1 and fc2."
     return transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64))
-
-
-def tiny_moe():
-    "Flattens (batch, tokens) before its shared expert."
-    sizes = dict(intermediate_size=96, moe_intermediate_size=32, shared_expert_intermediate_size=48)
-    config = transformers.Qwen2MoeConfig(**SIZES, **sizes, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2)
-    return transformers.Qwen2MoeForCausalLM(config)
 
 
 class SparseMLP(nn.Module):
@@ -67,10 +57,8 @@ def looped():
 
 BASES = {
     "flattened": (tiny_opt, ["q_proj", "fc1", "fc2"]),
-    "shared expert": (tiny_moe, ["q_proj", "up_proj"]),
     "sparse": (sparse, "all-linear"),
     "called twice": (looped, ["q_proj", "up_proj"]),
-    "output layer": (lambda: tiny_llama(vocab_size=VOCABULARY), ["q_proj", "k_proj", "lm_head"]),
 }
 
 
@@ -96,10 +84,6 @@ def given(model, texts):
     return {name: {side: torch.cat(own) for side, own in sides.items()} for name, sides in found.items()}
 
 
-def by_value(w):
-    return w[w[:, 0].argsort()]
-
-
 @pytest.fixture(scope="module")
 def toy():
     "The toy world's tokenizer, and rows of two tasks."
@@ -107,15 +91,15 @@ def toy():
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_unusual_models(name, toy, recwarn):
-    "Router weights are those of each text alone; pictures, ablations and the export's calibration follow from them."
+def test_router_weights_of_unusual_models_are_those_of_each_text_alone(name, toy, recwarn):
     model, (tokenizer, rows) = model_of(name), toy
     found, expected = analysis.token_weights(model, TEXTS), given(model, TEXTS)
     moments = calibrate(model, [{"input_ids": text} for text in TEXTS])
+    ordered = lambda w: w[w[:, 0].argsort()]
     assert found.keys() == expected.keys() and len(found) >= 2
     for layer, sides in expected.items():
         for side, w in sides.items():
-            torch.testing.assert_close(by_value(found[layer][side]), by_value(w), atol=1e-5, rtol=0)
+            torch.testing.assert_close(ordered(found[layer][side]), ordered(w), atol=1e-5, rtol=0)
             torch.testing.assert_close(moments[layer][side].float(), w.mean(0), atol=1e-5, rtol=0)
     count = sum(map(len, TEXTS))
     counts = {n.rpartition("model.layers.")[2]: len(own["up"]) for n, own in found.items()}
@@ -129,33 +113,22 @@ def test_unusual_models(name, toy, recwarn):
     assert analysis.draw_routers(routing, list(rows))
     text = rows["piqa"][0]["instruction"]
     assert len(evaluate.routing_table(model, tokenizer, text).splitlines()) == 2 + len(tokenizer(text)["input_ids"])
-    before = model(torch.tensor([TEXTS[0]])).logits
-    with analysis.changed_routing(model, analysis.mean_weights(routing, 1)):
-        assert not torch.equal(model(torch.tensor([TEXTS[0]])).logits, before)
-    assert torch.equal(model(torch.tensor([TEXTS[0]])).logits, before)
 
 
-# ---- similarity ----
 def matrices(model, name="d2mora_B"):
     "Of each layer its matrices, views of the weights."
     return [m["default"].stack().detach() for n, m in model.named_modules() if n.endswith(name) and "default" in m]
 
 
-def test_similarity_equals_loops_and_finds_a_planted_copy():
-    model = adapted()
-    with torch.no_grad():
-        matrices(model)[2][6] = -3 * matrices(model)[2][1]
-    found = analysis.layer_similarity(model)
-    top, layer, pair = analysis.most_similar(found, "up")
-    assert abs(top - 1) < 1e-4 and pair == (1, 6) and (layer["block"], layer["kind"]) == (0, "v_proj")
-    pairs = []
-    for name, _, B in analysis.named_experts(model):
+def test_mean_similarity_equals_loops():
+    model, pairs = adapted(), []
+    for _, _, B in analysis.named_experts(model):
         cosines = [abs((a * b).sum() / a.norm() / b.norm()) for i, a in enumerate(B) for b in B[i + 1 :]]
         pairs.append(sum(cosines) / len(cosines))
-    assert abs(analysis.mean_similarity(found, "up") - sum(pairs) / len(pairs)) < 1e-5
+    found = analysis.mean_similarity(analysis.layer_similarity(model), "up")
+    assert found == pytest.approx(float(sum(pairs) / len(pairs)), abs=1e-5)
 
 
-# ---- ablations ----
 SMALLER = {
     ("many-to-many", "down"): {"num_down_experts": 2},
     ("many-to-many", "up"): {"num_up_experts": 7},
@@ -165,7 +138,7 @@ SMALLER = {
 
 
 @pytest.mark.parametrize("pairing, side", SMALLER)
-def test_without_an_expert_is_the_model_that_never_had_it(pairing, side):
+def test_without_an_expert_is_the_model_that_never_had_it_and_leaves_no_trace(pairing, side):
     model, ids = adapted(pairing=pairing), tokens()
     before = model(ids).logits
     smaller = peft.get_peft_model(tiny_llama(), our_config(pairing, **SMALLER[pairing, side])).eval()
@@ -181,35 +154,26 @@ def test_without_an_expert_is_the_model_that_never_had_it(pairing, side):
     assert (before - found).abs().max() > 1e-3 and torch.equal(model(ids).logits, before)
 
 
-def test_mean_weights_that_are_uniform_equal_routers_of_zeros():
+def test_uniform_routers_are_routers_of_zeros():
     model, ids = adapted(), tokens()
-    weights = analysis.token_weights(model, TEXTS)
-    uniform = {
-        layer: {side: torch.full((1, w.shape[1]), 1 / w.shape[1]) for side, w in own.items()}
-        for layer, own in weights.items()
-    }
-    with analysis.changed_routing(model, analysis.mean_weights(uniform, 0)):
+    with analysis.changed_routing(model, dict(analysis._ablations(model))["uniform routers"]):
         found = model(ids).logits
     assert (found - model(ids).logits).abs().max() > 1e-3
-    with torch.no_grad():
-        for R in [*matrices(model, "router_down"), *matrices(model, "router_up")]:
-            R.zero_()
+    for R in [*matrices(model, "router_down"), *matrices(model, "router_up")]:
+        R.zero_()
     torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_an_ablation_that_fails_leaves_no_trace():
     model, ids = adapted(), tokens()
     before = model(ids).logits
-    for j in (-1, 3):
-        with pytest.raises(ValueError, match=f"expert {j} cannot be removed"):
-            with analysis.changed_routing(model, analysis.without_expert("down", j)):
-                model(ids)
+    with pytest.raises(IndexError), analysis.changed_routing(model, analysis.without_expert("down", 3)):
+        model(ids)
     assert torch.equal(model(ids).logits, before)
     with pytest.raises(ValueError, match="no active routers"), analysis.changed_routing(tiny_llama(), None):
         pass
 
 
-# ---- the pictures of a run ----
 @pytest.mark.filterwarnings("error:Mean of empty slice", "error:invalid value")
 @pytest.mark.parametrize("pairing, M, N", [("one-to-many", 1, 3), ("one-to-one", 1, 1), ("LoRA", 1, 1)])
 def test_pictures_of_single_experts(pairing, M, N, toy):
@@ -220,9 +184,9 @@ def test_pictures_of_single_experts(pairing, M, N, toy):
     (tokenizer, rows), found = toy, analysis.layer_similarity(model)
     routing = analysis.routing_by_task(model, tokenizer, rows)
     figures = {
-        "similarity": analysis.draw_similarity({"a": found, "b": found}),
+        "similarity": analysis.draw_similarity(found),
         "routers": analysis.draw_routers(routing, list(rows)),
-        "ablations": analysis.draw_ablations(analysis.ablate(model, tokenizer, rows, routing)),
+        "ablations": analysis.draw_ablations(analysis.ablate(model, tokenizer, rows)),
     }
     several = {"similarity", "routers"} if N > 1 else set()
     assert {n for n, figure in figures.items() if figure} == several | ({"ablations"} if pairing != "LoRA" else set())

@@ -125,7 +125,7 @@ def test_running_again_shows_what_changed_and_leaves_a_failing_notebook(scripts,
 def test_types_and_style():
     "mypy on the package, ruff on what is written by hand."
     pytest.importorskip("mypy")
-    written = ["nbs", "tests", "scripts"]
+    written = ["nbs", "tests", "scripts", "benchmarks"]
     for command in (["mypy"], ["ruff", "format", "--check", *written], ["ruff", "check", *written]):
         run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stdout[-3000:]

@@ -4,15 +4,14 @@ from functools import cache
 
 import peft
 import pytest
-import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
 
 from d2mora.cli import main
 from d2mora.data import DataConfig, prepare, read_rows
-from d2mora.plan import GPUS, SPARE, GiB, Load, Plan, _padding_line, _small_shape, count_parts, dry_run
-from d2mora.plan import find_gpu, fits, micro_batch, plan, plan_memory, plan_step, step_bytes, step_flops
-from d2mora.recipe import Recipe, adapter_config, bare_model, base_shape, load_recipe
+from d2mora.plan import GPUS, Load, Plan, _GiB, _micro_batch, _SPARE, _tokens_line
+from d2mora.plan import count_parts, count_step, dry_run, find_gpu, fits, plan, plan_memory, plan_step
+from d2mora.recipe import Recipe, adapter_config, bare_model, load_recipe
 from d2mora.toy import toy_base
 from helpers import QKV
 
@@ -50,46 +49,28 @@ def allocated(model, batch):
     return most
 
 
-def saved(model, batch):
-    "Bytes that autograd saves for backward, by its own hook; weights not counted."
-    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    found = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive: no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(**batch)
-    return sum(size for size, _ in found.values())
-
-
 @pytest.mark.parametrize("name, checkpointing, adapter", [
     ("llama", False, "d2mora"), ("llama", True, "d2mora"), ("gpt2", True, "lora"), ("qwen2", False, "d2mora"),
 ])  # fmt: skip
 def test_the_plan_is_within_a_tenth_of_a_real_step(name, checkpointing, adapter):
-    recipe, sizes = recipe_for(name, adapter), (4, 60)
-    planned = lambda count, *sizes: plan_step(count, SHAPES[name], recipe, *sizes, checkpointing=checkpointing)
-    real, batch = real_model(name, checkpointing, adapter), micro_batch(*sizes, sizes[1])
-    kept, peak = planned(step_bytes, *sizes)
+    recipe, real = recipe_for(name, adapter), real_model(name, checkpointing, adapter)
+    planned = lambda *sizes: plan_step(SHAPES[name], recipe, *sizes, checkpointing=checkpointing)
+    batch, (peak, *operations) = _micro_batch(4, 60, 60), planned(4, 60)
     most = allocated(real, batch)
     assert peak == pytest.approx(most, rel=0.1)
-    assert planned(step_bytes, 4, 50)[1] < 0.9 * most  # a wrong plan is noticed
+    assert planned(4, 50)[0] < 0.9 * most  # a wrong plan is noticed
     if not checkpointing:
-        assert kept == pytest.approx(saved(real, batch), rel=0.1)
-        assert planned(step_flops, *sizes) == pytest.approx(step_flops(real, batch), rel=0.01)
+        assert operations == pytest.approx(count_step(real, batch)[1:], rel=0.01)
     trained = lambda model: {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
     bare = bare_model(SHAPES[name], recipe)
     assert trained(bare) == trained(real)
     assert sum(count_parts(bare).values()) == sum(p.numel() for p in real.parameters())
 
 
-def test_fewer_target_tokens_keep_fewer_bytes():
-    full, few = (plan_step(step_bytes, SHAPES["qwen2"], recipe_for("qwen2"), 4, 60, n)[1] for n in (None, 6))
+def test_fewer_target_tokens_take_fewer_bytes():
+    full, few = (plan_step(SHAPES["qwen2"], recipe_for("qwen2"), 4, 60, n)[0] for n in (None, 6))
     assert few < 0.8 * full
-    assert few == pytest.approx(step_bytes(real_model("qwen2"), micro_batch(4, 60, 6))[1], rel=0.1)
+    assert few == pytest.approx(allocated(real_model("qwen2"), _micro_batch(4, 60, 6)), rel=0.1)
 
 
 @cache
@@ -100,11 +81,11 @@ def toy_plan():
 
 
 def test_a_gpu_that_is_too_small_is_told():
-    plain, again = (sum(parts.values()) / GiB + SPARE for parts in toy_plan().memory.values())
+    plain, again = (sum(parts.values()) / _GiB + _SPARE for parts in toy_plan().memory.values())
     said = lambda memory: fits(toy_plan(), find_gpu(f'{{"name": "x", "memory": {memory}, "tflops": 1}}'))
     assert again < plain and "gradient_checkpointing=true" in said((plain + again) / 2)
     assert said(plain + 0.01).startswith("fits (") and said(again - 0.01).startswith("does not fit")
-    parts = {"weights": 13 * GiB, "gradients": GiB, "optimizer": GiB, "activations": 40 * GiB}
+    parts = {"weights": 13 * _GiB, "gradients": _GiB, "optimizer": _GiB, "activations": 40 * _GiB}
     heavy = Plan({}, 0, None, 0, 0, {False: parts, True: parts}, {})
     assert "lower training.per_device_train_batch_size" in fits(heavy, GPUS["A100-40"])
     small = fits(heavy, find_gpu('{"name": "x", "memory": 12, "tflops": 1}'))  # too small for the weights alone
@@ -118,19 +99,10 @@ def test_steps_evaluations_and_moments_are_counted():
     assert moments("adamw_torch") == 4 * moments("adamw_bnb_8bit")
 
 
-@pytest.mark.parametrize(
-    "useful, sampling, advice", [(80, "random", True), (95, "random", False), (100, "packed", False)]
-)
+@pytest.mark.parametrize("useful, sampling, advice", [(80, "random", True), (95, "random", False)])
 def test_packing_is_recommended_where_it_pays(useful, sampling, advice):
-    line = _padding_line(Load(10, useful * 10**4, 10**6, 5, (2, 5), (2, 9), 3), sampling)
+    line = _tokens_line(Load(10, useful * 10**4, 10**6, 5, (2, 5), (2, 9), 3), sampling)
     assert f"{100 - useful}.0% padding" in line and ("data.sampling=packed computes 0.80 M" in line) == advice
-
-
-@pytest.mark.parametrize("base", ["huggyllama/llama-7b", "Qwen/Qwen2.5-0.5B"])
-def test_the_small_model_is_of_the_same_kind(base):
-    small = AutoModelForCausalLM.from_config(_small_shape(base_shape(base), 100))
-    assert type(small.config) is type(base_shape(base)) and small.config.num_hidden_layers == 2
-    assert sum(p.numel() for p in small.parameters()) < 200_000
 
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -141,7 +113,6 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words, part", [
-    ("--gpu H1000", "did you mean 'H100'"),
     ("data.tasks=[boolq] data.cutoff=100000", "data.cutoff=100000 is more than"),
     ("data.tasks=[boolq] adapter.target_modules=[nope]", "target_modules"),
 ])  # fmt: skip

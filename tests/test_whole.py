@@ -16,7 +16,6 @@ for name in recipe_names():
     recipe = load_recipe(name, [*SMALL, "data.path=toy"])
     KINDS.setdefault((recipe.adapter["peft_type"], str(recipe.data)), name)
 SHAPES = [("many-to-many", 1, 1), ("many-to-many", 3, 1), ("one-to-many", 1, 3), ("one-to-one", 2, 2)]
-TRAINED = ["run/adapter/adapter_model.safetensors", "run/report.md", "run/evaluation-choice.json"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def run(folder, capsys, *words):
 def test_a_recipe_trains_and_is_graded(name, data, tmp_path, capsys):
     run(tmp_path, capsys, "train", name, data, *SMALL, "--output", tmp_path / "run")
     run(tmp_path, capsys, "evaluate", tmp_path / "run", "--limit", 2)
-    assert [file for file in TRAINED if not (tmp_path / file).is_file()] == []
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file() and (tmp_path / "run/report.md").is_file()
 
 
 @pytest.mark.parametrize("pairing, M, N", SHAPES)
