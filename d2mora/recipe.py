@@ -32,7 +32,7 @@ from .data import DataConfig, check_tokenizer, data_path, home
 from .toy import toy_base
 from .utils import UNTRUSTED, check_words, first_line, nearest, read_yaml
 
-# %% ../nbs/g_recipes.ipynb #92a9247b
+# %% ../nbs/g_recipes.ipynb #ba9411d8
 @dataclass
 class Recipe:
     "What to train: a base, an adapter, data, and how."
@@ -61,7 +61,9 @@ def read_recipe(
     raw = read_yaml(path.read_text(encoding="utf-8", errors="replace"), path)
     good = isinstance(raw, dict) and raw.keys() <= {"base", *_SECTIONS}
     if not good or not all(isinstance(raw.get(part), dict | None) for part in _SECTIONS):
-        raise ValueError(f"{path}: not a recipe: give a base, and keys and values in adapter, data and training")
+        raise ValueError(
+            f"{path}: not a recipe: give a base, and adapter, data and training with keys and values, and no more"
+        )
     return raw
 
 # %% ../nbs/g_recipes.ipynb #321692e7

@@ -157,7 +157,7 @@ class D2MoraTrainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # another process may still write its random state
 
-# %% ../nbs/10_training.ipynb #f79e3d67
+# %% ../nbs/10_training.ipynb #ab688472
 _RUN_FILES = ("recipe.yaml", "adapter", "checkpoints", "metrics.jsonl", "data.json")
 _YAML: dict[str, Any] = {"sort_keys": False, "allow_unicode": True}
 
@@ -181,8 +181,12 @@ def _check_output(output: Path, recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"output '{output}' already holds a run ({there}): {mend}")
     if resume and not begun(output):
         raise ValueError(f"output '{output}' holds no run to resume: leave --resume out")
-    if not (output / "recipe.yaml").exists():
-        return  # a new run, or one that ended before it wrote anything
+    if (output / "recipe.yaml").exists():  # else a new run, or one that ended before it wrote anything
+        _check_same(output, recipe)
+
+
+def _check_same(output: Path, recipe: Recipe) -> None:
+    "Raise ValueError if a run was begun with another recipe."
     old, new = _flat(load_recipe(output / "recipe.yaml")), _flat(recipe)
     differing = [f"{k} ({old.get(k)!r} there, {new.get(k)!r} now)" for k in old | new if old.get(k) != new.get(k)]
     if differing:
@@ -207,7 +211,7 @@ def _check_data(output: Path, fingerprint: dict[str, dict]) -> None:
         fault = f"the training rows of {', '.join(changed)} have changed since this run began"
         raise ValueError(f"output '{output}': {fault}: put the earlier files back, or name another folder")
 
-# %% ../nbs/10_training.ipynb #7a9558c3
+# %% ../nbs/10_training.ipynb #5dd08716
 def _metric_line(step: int, logs: dict) -> dict:
     "The reproducible part of a log line: no clock times."
     clocks = ("_runtime", "_per_second", "_flos")
@@ -221,6 +225,8 @@ def _metric_line(step: int, logs: dict) -> dict:
 class _RunFolder(TrainerCallback):
     "Writes recipe, data fingerprint and metrics of a run; the best checkpoint is looked for in this folder."
 
+    summary = ""  # printed once optimizer, schedule and batches are made
+
     def __init__(self, output: Path, recipe: Recipe, fingerprint: dict):
         self.output, self.recipe, self.fingerprint = output, recipe, fingerprint
 
@@ -229,6 +235,7 @@ class _RunFolder(TrainerCallback):
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have been moved
         if state.is_world_process_zero:
+            print(self.summary, file=sys.stderr)
             lines = [_metric_line(logs["step"], logs) for logs in state.log_history]  # a resumed run: the checkpoint's
             write_text(self.output / "recipe.yaml", yaml.safe_dump(asdict(self.recipe), **_YAML))
             write_text(self.output / "data.json", json.dumps(self.fingerprint, indent=1) + "\n")
@@ -366,7 +373,7 @@ def _card_tables(run: Path, adapter: Path) -> str:
             lines.append(f"| {protocol}, {own['n']} rows | {task} | {100 * own['accuracy']:.1f} % right |")
     return "\n".join(lines)
 
-# %% ../nbs/10_training.ipynb #aa979e84
+# %% ../nbs/10_training.ipynb #f5ed705a
 _CARD = """{note}# Adapter for {base}
 
 ```python
@@ -386,6 +393,13 @@ model = PeftModel.from_pretrained(base, "FOLDER_OR_NAME")
 """
 
 
+def _loading(base: str, ours: bool) -> dict[str, str]:
+    "How an adapter's base is loaded in Python, as parts of the card."
+    if base == "toy":
+        return {"imports": "import d2mora.toy\n", "loaded": "d2mora.toy.toy_base()"}
+    return {"imports": "import d2mora  # registers the method\n" * ours, "loaded": f'"{base}"'}
+
+
 def write_card(
     run: str | Path,  # a run folder
     adapter: Path | None = None,  # the adapter's folder, if not the run's
@@ -393,21 +407,13 @@ def write_card(
     "Fill in the model card of a run's adapter."
     run, adapter = Path(run), adapter or Path(run) / "adapter"
     recipe, card = read_recipe(run / "recipe.yaml"), ModelCard.load(adapter / "README.md")
-    ours = recipe["adapter"]["peft_type"] == "D2MORA"
-    base = (
-        os.path.basename(recipe["base"]) if os.path.isdir(recipe["base"]) else recipe["base"]
-    )  # no path of this machine
-    recipe |= {"base": base, "data": recipe["data"] | {"path": None}}
+    base, ours = recipe["base"], recipe["adapter"]["peft_type"] == "D2MORA"
+    base = Path(base).name if Path(base).is_dir() else base  # not where it lies on this machine
+    text = yaml.safe_dump(recipe | {"base": base, "data": recipe["data"] | {"path": None}}, **_YAML)
     card.data.base_model = base
     card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:adapter:")]
-    card.text = _CARD.format(
-        note=f"{CARD_NOTE}\n\n" * ours,
-        base=base,
-        imports="import d2mora.toy\n" if base == "toy" else "import d2mora  # registers the method\n" * ours,
-        loaded="d2mora.toy.toy_base()" if base == "toy" else f'"{base}"',
-        recipe=yaml.safe_dump(recipe, **_YAML),
-        tables=_card_tables(run, adapter),
-    )
+    parts = {"note": f"{CARD_NOTE}\n\n" * ours, "base": base, "recipe": text, "tables": _card_tables(run, adapter)}
+    card.text = _CARD.format(**parts, **_loading(base, ours))
     write_text(adapter / "README.md", str(card))
 
 # %% ../nbs/10_training.ipynb #fb94d1e2
@@ -442,7 +448,7 @@ def _arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     }
     return TrainingArguments(**usual | training | ours | sampling_arguments(recipe.data))
 
-# %% ../nbs/10_training.ipynb #c7c3ebd6
+# %% ../nbs/10_training.ipynb #085612f3
 def _summary(ready: Prepared, recipe: Recipe, args: TrainingArguments) -> str:
     "What the cutoff did to the rows, and how many a step reads."
     rows, times, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
@@ -451,15 +457,14 @@ def _summary(ready: Prepared, recipe: Recipe, args: TrainingArguments) -> str:
 
 
 def _make_trainer(recipe: Recipe, rows: "Dataset", args: TrainingArguments, callbacks: list) -> D2MoraTrainer:
-    "Load and adapt the base, encode the rows, and put the Trainer together."
+    "Load and adapt the base, encode the rows, and put the Trainer together; the last callback is the `_RunFolder`."
     model, tokenizer = adapted_base(recipe, args.seed)
     with args.main_process_first(desc="tokenize"):
         ready = prepare(rows, recipe.data, tokenizer)
     if recipe.data.sampling == "packed":
         check_packing(model)
     logits_at_targets(model)
-    if main_process():
-        print(_summary(ready, recipe, args), file=sys.stderr)
+    callbacks[-1].summary = _summary(ready, recipe, args)
     data = {"train_dataset": ready.train, "eval_dataset": ready.validation or None, "compute_metrics": mean_loss}
     trainer = D2MoraTrainer(model, args, collator_for(tokenizer), callbacks=callbacks, **data)
     for theirs in (DEFAULT_PROGRESS_CALLBACK, transformers.PrinterCallback):
@@ -517,7 +522,7 @@ def _fit(trainer: D2MoraTrainer, stopper: Stopper, checkpoint: Path | None) -> N
     if trainer.eval_dataset and (earlier or not validated):
         trainer.evaluate()
 
-# %% ../nbs/10_training.ipynb #93447ca2
+# %% ../nbs/10_training.ipynb #692b22bf
 def train(
     recipe: Recipe,  # what to train, from `load_recipe`
     output: str | Path,  # the run folder to make
@@ -541,7 +546,8 @@ def train(
             trainer.accelerator.wait_for_everyone()
             _fit(trainer, stopper, checkpoint)
         finally:
-            with suppress(OSError):
-                (output / "checkpoints").rmdir()  # succeeds only if it is empty
+            if not (output / "recipe.yaml").exists():  # it was refused before it began
+                with suppress(OSError):
+                    (output / "checkpoints").rmdir()  # the Trainer made it
         _save_adapter(trainer, output)
     return output

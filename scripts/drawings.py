@@ -761,7 +761,7 @@ def recipe():
 @drawing(
     "08e_resume",
     "Killed and resumed",
-    "Steps follow each other; a checkpoint is written at some steps; a kill leaves an incomplete one, which is removed on resume, "
+    "Steps follow each other; a checkpoint is written at some steps; a kill leaves an incomplete one, which is left out on resume, "
     "and the run goes on from the last complete one through the same steps.",
     860,
     290,
@@ -777,7 +777,7 @@ def resume():
             x(step), 130, 130, 32, f"checkpoint-{step}", "router", 13, mono=True
         )
     yield box(x(12) + 60, 130, 110, 32, "checkpoint-10", "plain", 13, dash=True, mono=True) + text(
-        x(12) + 122, 130, "incomplete:\nremoved on resume", 12, "plain", "start"
+        x(12) + 122, 130, "incomplete:\nleft out on resume", 12, "plain", "start"
     )
     yield text(20, 194, "resumed", 14, anchor="start", bold=True) + arrow(
         (x(8), 148), (x(8), 222), (x(9) - 22, 222), kind="router", width=2.2
