@@ -1,7 +1,6 @@
 """What others find on the hub: files and card of a pushed adapter, with a hub that is a local folder."""
 
 import re
-import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -83,17 +82,6 @@ def test_push_to_hub_sends_an_adapter_that_loads(hub, model):
     again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(toy_base()), hub).eval()
     ids = torch.randint(5, 90, (2, 7))
     assert torch.equal(model(ids).logits, again(ids).logits)
-
-
-def test_push_to_hub_keeps_the_card_that_is_there(hub, model, monkeypatch):
-    from transformers.utils.hub import ModelCard
-
-    shutil.copytree(DEMO, hub)
-    before = card_of(hub)[1]
-    there = huggingface_hub.ModelCard((hub / "README.md").read_text(encoding="utf-8"))
-    monkeypatch.setattr(ModelCard, "load", lambda *_, **__: there)
-    model.push_to_hub("someone/adapter")
-    assert card_of(hub)[1] == before and "## Scores" in before
 
 
 def test_a_saved_folder_says_what_to_import(model, tmp_path):
