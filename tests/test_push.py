@@ -57,7 +57,7 @@ def card_of(folder):
 def test_the_card_of_a_run_says_how_the_adapter_is_used():
     front, text = card_of(DEMO)
     assert front["library_name"] == "peft" and front["base_model"] and text.startswith(IMPORT)
-    parts = ("num_down_experts 3", "## Scores", "| choice | boolq |", "parameters")
+    parts = ("num_down_experts: 3", "| choice, 200 rows | boolq |", "parameters, of which")
     assert all(part in text for part in parts) and "More Information Needed" not in text
     names = {}
     exec(re.search(r"```python\n(.*?)```", text, re.S)[1].replace("FOLDER_OR_NAME", str(DEMO)), names)
