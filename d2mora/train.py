@@ -285,7 +285,7 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None and "loss" in shown:
             self.training_bar.set_postfix({name: round(v, 0 if v > 100 else 4) for name, v in shown.items()})
 
-# %% ../nbs/10_training.ipynb #7a4d0354
+# %% ../nbs/10_training.ipynb #077e86e4
 def defect(checkpoint: Path) -> str:
     "Why a folder `checkpoint-N` is not complete; empty if it is. Raises ValueError for a pickle of more than tensors."
     try:
@@ -299,7 +299,9 @@ def defect(checkpoint: Path) -> str:
     except pickle.UnpicklingError as error:
         mend = "move it away, and --resume goes on from the one before"
         raise ValueError(f"{checkpoint} cannot be read: {first_line(error)}; {mend}") from error
-    except (EOFError, RuntimeError, ValueError, SafetensorError) as error:
+    except PermissionError:
+        raise  # nothing is wrong with the checkpoint
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         return first_line(error)
     return ""
 
