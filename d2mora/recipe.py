@@ -7,9 +7,8 @@ __all__ = ['Recipe', 'recipe_names', 'read_recipe', 'adapter_config', 'check_tra
            'embeddings', 'load_tokenizer', 'load_base', 'max_positions', 'check_cutoff', 'adapted_base', 'base_shape',
            'precision', 'bare_model']
 
-# %% ../nbs/g_recipes.ipynb #bad4c6c8
+# %% ../nbs/g_recipes.ipynb #801b3dfa
 import copy
-import errno
 import math
 import os
 import re
@@ -17,15 +16,14 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from enum import Enum
+from enum import Enum, EnumType
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import peft
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
@@ -34,7 +32,7 @@ from .data import DataConfig, check_tokenizer, data_path, home
 from .toy import toy_base
 from .utils import UNTRUSTED, check_words, first_line, nearest, read_yaml
 
-# %% ../nbs/g_recipes.ipynb #f0cbbcaf
+# %% ../nbs/g_recipes.ipynb #ba9411d8
 @dataclass
 class Recipe:
     "What to train: a base, an adapter, data, and how."
@@ -60,81 +58,51 @@ def read_recipe(
     path = Path(str(files("d2mora") / "recipes" / f"{name}.yaml")) if str(name) in recipe_names() else Path(name)
     if not path.is_file():
         raise ValueError(f"recipe '{name}' is neither a file nor built in{nearest(str(name), recipe_names())}")
-    try:
-        raw = read_yaml(path.read_text(encoding="utf-8"), path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not YAML: {error}: save it as UTF-8") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: not a recipe: it needs base, adapter, data and training")
-    for part in _SECTIONS:
-        if not isinstance(raw.get(part), dict | None):
-            raise ValueError(f"{path}: '{part}' must hold keys and values, not {raw[part]!r}")
+    raw = read_yaml(path.read_text(encoding="utf-8", errors="replace"), path)
+    good = isinstance(raw, dict) and raw.keys() <= {"base", *_SECTIONS}
+    if not good or not all(isinstance(raw.get(part), dict | None) for part in _SECTIONS):
+        raise ValueError(
+            f"{path}: not a recipe: give a base, and adapter, data and training with keys and values, and no more"
+        )
     return raw
 
-# %% ../nbs/g_recipes.ipynb #8941b9d0
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    type(None): "nothing",
-    dict: "keys and values",
-}
-
-
-def _union(hint: Any) -> list:
+# %% ../nbs/g_recipes.ipynb #321692e7
+def _alternatives(hint: Any) -> list:
     "The types of which one has to fit; without `str` where an enum beside it lists the values."
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    listed = any(isinstance(part, type) and issubclass(part, Enum) for part in parts)
+    listed = any(isinstance(part, EnumType) for part in parts)
     return [part for part in parts if part is not str or not listed]
 
 
-def _choices(hint: Any) -> list[str]:
-    "The values that a type lists, as a `Literal` or an enum."
-    if get_origin(hint) is Literal:
-        return list(get_args(hint))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return [member.value for member in hint]
-    return []
-
-
-def _describe(hint: Any) -> str:
-    "Say a type in plain words."
-    if listed := _choices(hint):
-        return "one of " + ", ".join(map(str, listed))
-    if get_origin(hint) is list:
-        return f"a list [{_describe(get_args(hint)[0]).removeprefix('a ')}, …]"
-    return _WORDS.get(get_origin(hint) or hint, str(hint).removeprefix("typing."))
+def _reason(error: ValidationError, value: Any) -> str:
+    "The nearest of the values that a type lists, or else what pydantic says."
+    if listed := re.findall(r"'([^']*)'", str(error.errors()[0].get("ctx", {}).get("expected", ""))):
+        return f" is unknown{nearest(str(value), listed)}"
+    return ": " + " or ".join(dict.fromkeys(own["msg"] for own in error.errors()))
 
 
 def _converted(key: str, value: Any, hint: Any) -> Any:
     "Convert a value to its field's type, or raise a ValueError that names key, value and what is right."
-    parts = _union(hint)
-    listed = [choice for part in parts for choice in _choices(part)]
-    if value is False and "no" in listed:
+    parts = _alternatives(hint)
+    if value is False and any(isinstance(part, EnumType) and "no" in {own.value for own in part} for part in parts):
         value = "no"  # YAML reads a bare no as false
-    right = " or ".join(dict.fromkeys(map(_describe, parts)))
-    wrong = ValueError(f"{key}={value!r} is not {right}")
-    if listed and isinstance(value, str):
-        wrong = ValueError(f"{key}={value!r} is unknown{nearest(value, listed)}")
     if isinstance(value, bool) and not {bool, Any}.intersection(parts):
-        raise wrong
+        raise ValueError(f"{key}={value}: true and false are no values of this key")
     try:
-        value = TypeAdapter(cast(Any, Union[tuple(parts)]), config=ConfigDict(allow_inf_nan=False)).validate_python(
-            value
-        )
-    except ValidationError:
-        raise wrong from None
+        whole = TypeAdapter[Any](Union[tuple(parts)], config=ConfigDict(allow_inf_nan=False))
+        value = whole.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{key}={value!r}{_reason(error, value)}") from None
     except PydanticUserError:
-        return value  # a type that only its library can check
+        pass  # a type that only its library can check
     return value.value if isinstance(value, Enum) else value
 
-# %% ../nbs/g_recipes.ipynb #21b55d04
+# %% ../nbs/g_recipes.ipynb #b7a51013
 def _adapter_class(adapter: dict) -> type[peft.PeftConfig]:
     "The configuration class that `peft_type` names."
-    kind, known = adapter.get("peft_type", "D2MORA"), methods()
-    if not isinstance(kind, str) or kind not in known:
-        raise ValueError(f"adapter.peft_type={kind!r} is unknown{nearest(str(kind), known)}")
+    kind, known = str(adapter.get("peft_type", "D2MORA")), methods()
+    if kind not in known:
+        raise ValueError(f"adapter.peft_type={kind!r} is unknown{nearest(kind, known)}")
     return known[kind]
 
 
@@ -146,12 +114,10 @@ def _known(adapter: dict) -> dict[str, Any]:
 
 
 def _unknown(key: str, known: Iterable[str]) -> ValueError:
-    "What to say of a key that no recipe has: the same name in another section, or the nearest key of its own."
-    section, dot, name = key.partition(".")
-    names = {k.partition(".")[2]: k for k in known if dot and k.startswith(f"{section}.")} or {k: k for k in known}
-    near = [k for k in known if k.endswith("." + (name or key))]
-    near = near or [names[n] for n in get_close_matches(name or key, names, 1, 0.5)]
-    hint = f"did you mean '{near[0]}'?" if near else f"it is no field of the '{section}' section"
+    "What to say of a key that no recipe has: the same name in another section, or the nearest key."
+    known = list(known)
+    near = [k for k in known if k.endswith("." + key.rpartition(".")[2])] or get_close_matches(key, known, 1, 0.75)
+    hint = f"did you mean '{near[0]}'?" if near else "it is no field of any section"
     return ValueError(f"unknown key {key} ({hint})")
 
 
@@ -165,7 +131,7 @@ def adapter_config(
     except (TypeError, ValueError) as error:
         raise ValueError(f"adapter: {error}") from error
 
-# %% ../nbs/g_recipes.ipynb #048b44ce
+# %% ../nbs/g_recipes.ipynb #a0a4e24d
 _REFUSED = {
     "output_dir": "the run folder is given by --output alone",
     "logging_dir": "the run folder is given by --output alone",
@@ -174,14 +140,8 @@ _REFUSED = {
     "remove_unused_columns": "it would remove the loss mask",
     "push_to_hub": "push the finished adapter instead",
 }
-_LIMITS: dict[str, tuple] = {  # the least value, and the first that is too large
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"), (0,)),
-    **dict.fromkeys(("logging_steps", "save_steps", "dataloader_num_workers"), (0,)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1,)),
-    "gradient_accumulation_steps": (1,),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1, "1")),
-    **dict.fromkeys(("seed", "data_seed"), (0, 2**32, "2**32")),
-}
+_LEAST = {"learning_rate": 0, "warmup_steps": 0, "seed": 0, "gradient_accumulation_steps": 1}
+_LEAST |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
 
 
 def check_training(
@@ -195,22 +155,18 @@ def check_training(
         raise ValueError(f"training.max_steps={steps}: must be 1 or more (leave it out to train by epochs)")
     if epochs <= 0:
         raise ValueError(f"training.num_train_epochs={epochs}: must be more than 0")
-    for key, (least, *below) in _LIMITS.items():
-        value = training.get(key)
-        if value is not None and not least <= value < (below[0] if below else math.inf):
-            limit = f" and below {below[1]}" if below else ""
-            raise ValueError(f"training.{key}={value}: must be at least {least}{limit}")
+    for key in _LEAST.keys() & training.keys():
+        if training[key] < _LEAST[key]:
+            raise ValueError(f"training.{key}={training[key]}: must be at least {_LEAST[key]}")
 
-# %% ../nbs/g_recipes.ipynb #b2de45c2
+# %% ../nbs/g_recipes.ipynb #e2fdd24e
 def _parse_override(text: str) -> tuple[str, Any]:
     "Split base=NAME or section.key=value into the key and its value."
     key, equals, value = text.partition("=")
-    given = f"'{text[:60]}{'…' * (len(text) > 60)}'"
     if not equals:
-        raise ValueError(f"{given} is not understood: write base=NAME or section.key=value")
-    return key, value if key in ("base", "data.path", "data.tasks_file") else read_yaml(
-        value, given
-    )  # names and paths are no YAML
+        raise ValueError(f"'{text[:60]}' is not understood: write base=NAME or section.key=value")
+    literal = key in ("base", "data.path", "data.tasks_file")  # names and paths are no YAML
+    return key, value if literal else read_yaml(value, f"'{text[:60]}'")
 
 
 def _override(raw: dict, overrides: Mapping[str, Any] | Iterable[str]) -> dict:
@@ -234,16 +190,8 @@ def _absolute(name: str) -> str:
     return os.path.realpath(path) if name not in ("toy", "toy-hard") and os.path.exists(path) else name
 
 
-def load_recipe(
-    name_or_path: str | Path,  # a built-in name or a YAML file
-    overrides: Mapping[str, Any] | Iterable[str] = (),  # {"section.key": value}, or texts "section.key=value"
-) -> Recipe:  # every value in its type
-    "Read a recipe, replace values, and check every name and value. Raises ValueError with one line."
-    raw = _override(read_recipe(name_or_path), overrides)
-    check_words(raw)
-    for key in raw:
-        if key not in ("base", *_SECTIONS):
-            raise ValueError(f"{name_or_path}: unknown key '{key}'{nearest(str(key), ['base', *_SECTIONS])}")
+def _typed(raw: dict) -> dict[str, dict]:
+    "The three sections, with every value in the type of its field."
     parts = {part: dict(raw.get(part) or {}) for part in _SECTIONS}
     kind = {"peft_type": parts["adapter"].pop("peft_type", "D2MORA")}
     known = _known(kind)
@@ -252,18 +200,26 @@ def load_recipe(
             if (name := f"{part}.{key}") not in known:
                 raise _unknown(name, known)
             values[key] = _converted(name, values[key], known[name])
-    adapter, data = kind | parts["adapter"], DataConfig(**parts["data"])
+    return parts | {"adapter": kind | parts["adapter"]}
+
+
+def load_recipe(
+    name_or_path: str | Path,  # a built-in name or a YAML file
+    overrides: Mapping[str, Any] | Iterable[str] = (),  # {"section.key": value}, or texts "section.key=value"
+) -> Recipe:  # every value in its type
+    "Read a recipe, replace values, and check every name and value. Raises ValueError with one line."
+    raw = _override(read_recipe(name_or_path), overrides)
+    check_words(raw)
+    parts, base = _typed(raw), raw.get("base")
+    data = DataConfig(**parts["data"])
     data.path = _absolute(data_path(data))
     check_training(parts["training"])
-    adapter_config(adapter)
-    base, mend = raw.get("base") or "", "(a hub name, a folder, or toy)"
-    if not isinstance(base, str):
-        raise ValueError(f"base={base!r} is not a text: name one base {mend}")
-    if not base:
-        raise ValueError(f"recipe '{name_or_path}' has no base: add base=NAME {mend}")
-    return Recipe(_absolute(base), adapter, data, parts["training"])
+    adapter_config(parts["adapter"])
+    if not base or not isinstance(base, str):
+        raise ValueError(f"recipe '{name_or_path}': base={base!r}: add base=NAME (a hub name, a folder, or toy)")
+    return Recipe(_absolute(base), parts["adapter"], data, parts["training"])
 
-# %% ../nbs/g_recipes.ipynb #6fb8a6c1
+# %% ../nbs/g_recipes.ipynb #9e81ff0e
 def base_folder(
     base: str,  # as in a recipe
 ) -> str:  # what `from_pretrained` gets
@@ -279,25 +235,15 @@ def base_folder(
     return base
 
 
-_OFFLINE = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
-_ADVICE: dict[Any, str] = {  # what helps where a base cannot be loaded, by the cause
-    (torch.OutOfMemoryError, MemoryError): "free memory, or take a smaller or a quantized base",
-    GatedRepoError: "ask for access on its page, and name your token in HF_TOKEN",
-    _OFFLINE: "fetch it where there is a network (hf download NAME), or name a folder",
-    ImportError: "install what is missing",
-    PermissionError: "make it readable",
-}
+_BASE = "give a hub name (a gated one needs HF_TOKEN), or a folder with config.json, weights and tokenizer.json"
 
 
-def _advice(error: BaseException | None) -> str:
-    "What helps where a base cannot be loaded."
-    while error:
-        if found := next((advice for kinds, advice in _ADVICE.items() if isinstance(error, kinds)), None):
-            return found
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return "make room on the disk"
-        error = error.__cause__
-    return "give a hub name or a folder with config.json, weights and tokenizer.json"
+def _from_pretrained(kind: Any, folder: str, what: str, mend: str = _BASE, **keys) -> Any:
+    "Load by one of transformers' Auto classes without running anything, or say in one line why not."
+    try:
+        return kind.from_pretrained(folder, **keys, **UNTRUSTED)
+    except Exception as error:
+        raise ValueError(f"{what} cannot be loaded: {first_line(error)}; {mend}") from error
 
 
 def embeddings(model: transformers.PreTrainedModel) -> int:
@@ -311,10 +257,7 @@ def load_tokenizer(
     rows: int | None = None,  # of the base's embeddings, where the base is known
 ) -> Any:
     "Load a tokenizer, or say in one line why not."
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **UNTRUSTED)
-    except Exception as error:
-        raise ValueError(f"tokenizer of '{folder}' cannot be loaded: {first_line(error)}; {mend}") from error
+    tokenizer = _from_pretrained(transformers.AutoTokenizer, folder, f"tokenizer of '{folder}'", mend)
     check_tokenizer(tokenizer, rows)
     return tokenizer
 
@@ -324,17 +267,14 @@ def load_base(
     dtype: torch.dtype | str = "auto",  # of its weights; "auto": as they are stored
 ) -> tuple[transformers.PreTrainedModel, Any]:  # the frozen model and its tokenizer
     "Load a base and its tokenizer, or say in one line why not."
-    folder = base_folder(base)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **UNTRUSTED)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **UNTRUSTED)
-    except Exception as error:
-        raise ValueError(f"base '{base}' cannot be loaded: {first_line(error)}; {_advice(error)}") from error
+    folder, what = base_folder(base), f"base '{base}'"
+    tokenizer = _from_pretrained(transformers.AutoTokenizer, folder, what)
+    model = _from_pretrained(transformers.AutoModelForCausalLM, folder, what, dtype=dtype)
     check_tokenizer(tokenizer, embeddings(model))
     model.config.name_or_path = base  # as the recipe calls it, not where it lies on this machine
     return model, tokenizer
 
-# %% ../nbs/g_recipes.ipynb #b07ab0fc
+# %% ../nbs/g_recipes.ipynb #abcb1920
 def max_positions(
     model: torch.nn.Module | transformers.PreTrainedConfig,  # or its configuration alone
 ) -> int | None:  # tokens; None if its configuration does not say
@@ -348,8 +288,7 @@ def check_cutoff(
     model: torch.nn.Module | transformers.PreTrainedConfig,  # the base, or its configuration alone
 ) -> None:
     "Raise ValueError if rows may be longer than the base can read."
-    cutoff, limit = recipe.data.cutoff, max_positions(model)
-    if limit and cutoff > limit:
+    if (cutoff := recipe.data.cutoff) > (limit := max_positions(model) or math.inf):
         raise ValueError(f"data.cutoff={cutoff} is more than the {limit} tokens that base '{recipe.base}' can read")
 
 
@@ -372,18 +311,14 @@ def adapted_base(
     transformers.set_seed(seed)
     return _adapt(model, recipe), tokenizer
 
-# %% ../nbs/g_recipes.ipynb #e0986765
+# %% ../nbs/g_recipes.ipynb #234aa7e6
 def base_shape(
     base: str,  # as in a recipe: hub name, folder, or `toy`
 ) -> transformers.PreTrainedConfig:
     "The configuration of a base: the shipped one, or from its folder or the hub. Raises ValueError."
     shipped = Path(str(files("d2mora") / "assets" / "bases")) / base
     folder = str(shipped) if (shipped / "config.json").is_file() else base_folder(base)
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, **UNTRUSTED)
-    except Exception as error:
-        why = f"its config.json cannot be read: {first_line(error)}; give a folder with config.json"
-        raise ValueError(f"base '{base}': {why}") from error
+    return _from_pretrained(transformers.AutoConfig, folder, f"config.json of base '{base}'")
 
 
 def precision(recipe: Recipe) -> torch.dtype:

@@ -599,7 +599,7 @@ def recipe():
 def resume():
     """Killed and resumed
     Steps follow each other; a checkpoint is written at some steps; a kill leaves an incomplete one, which is
-    removed on resume, and the run goes on from the last complete one through the same steps."""
+    left out on resume, and the run goes on from the last complete one through the same steps."""
     x = lambda step: 70 + step * 46
     text(20, 28, "killed at step 10", 14, anchor="start", bold=True)
     for step in range(1, 11):
@@ -609,7 +609,7 @@ def resume():
         arrow((x(step), 88), (x(step), 112))
         box(x(step), 130, 130, 32, f"checkpoint-{step}", "router", 13, mono=True)
     box(x(12) + 60, 130, 110, 32, "checkpoint-10", "plain", 13, dash=True, mono=True)
-    text(x(12) + 122, 130, "incomplete:\nremoved on resume", 12, "plain", "start")
+    text(x(12) + 122, 130, "incomplete:\nleft out on resume", 12, "plain", "start")
     text(20, 194, "resumed", 14, anchor="start", bold=True)
     arrow((x(8), 148), (x(8), 222), (x(9) - 22, 222), kind="router", width=2.2)
     for step in range(9, 17):

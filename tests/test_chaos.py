@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from d2mora.data import read_file
-from d2mora.toy import toy_rows
 from d2mora.train import begun
 from d2mora.utils import LOCK, locked
 
@@ -48,19 +46,6 @@ def test_the_driver_sees_what_is_lost_torn_or_left_over(tmp_path):
     assert place.half_written("train") == []
 
 
-def test_the_driver_wants_one_line_and_status_two():
-    one_line = script("chaos").one_line
-    assert one_line(2, "d2mora: it cannot be written\n", "written") is None
-    for said in (
-        "it cannot be written",
-        "d2mora: written\nd2mora: twice",
-        "Traceback\nd2mora: written",
-        "d2mora: other",
-    ):
-        assert one_line(2, said, "written")
-    assert one_line(1, "d2mora: it cannot be written", "written")
-
-
 def test_stored_measurements_found_nothing_lost_leaked_or_different():
     chaos, leaks, determinism = map(stored, ("chaos", "leaks", "determinism"))
     assert chaos["faults"] == chaos["survived"] == len(chaos["thrown"]) >= 100 and chaos["bytes_lost"] == 0
@@ -81,13 +66,6 @@ def test_adapters_leave_nothing_behind_and_a_leak_is_seen():
     planted = leaks.writing(100, leak=2**22)
     assert not planted["constant"] and planted["bytes_per_step"] > 10_000
     leaks.kept.clear()
-
-
-def test_a_file_that_changed_within_its_old_time_is_read_anew(tmp_path):
-    path, rows = tmp_path / "train.json", toy_rows("toy", "boolq", "train")[:3]
-    for own in (rows, rows[::-1]):
-        path.write_text(json.dumps(own)), os.utime(path, (1e9, 1e9))
-        assert [row["instruction"] for row in read_file(path)] == [row["instruction"] for row in own]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

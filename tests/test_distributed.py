@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
 from d2mora.recipe import load_recipe
@@ -92,13 +90,3 @@ def test_shipped_configurations_are_accelerates(name, kind):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # refuses unknown keys
     assert config.distributed_type.value == kind and config.mixed_precision == "no"
     assert (config.num_machines > 1) == (name == "multi_node") and config.num_processes >= config.num_machines
-
-
-def test_the_fsdp2_file_makes_a_plugin_of_version_2(monkeypatch):
-    keys = load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config
-    assert set(keys) <= {action.dest for action in launch_command_parser()._actions}
-    for key, value in keys.items():  # as the launcher hands them on
-        monkeypatch.setenv("FSDP_" + key.removeprefix("fsdp_").upper(), str(value))
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=keys["fsdp_version"])
-    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
-    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"

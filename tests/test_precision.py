@@ -82,14 +82,3 @@ def test_fp16_on_a_gpu(tmp_path, plain):
     seen = run(tmp_path / "run", {"training.fp16": True, "training.use_cpu": False})
     assert seen.dtypes == {torch.float32} and seen.base == {torch.float16}
     assert float((seen.first.cpu() - plain.first).norm() / plain.first.norm()) < 0.1
-
-
-def test_the_scaler_may_skip_a_step_but_not_for_ever():
-    from types import SimpleNamespace
-
-    from d2mora.train import scaler_copes
-
-    for scale, copes in ((65536.0, True), (1.0, True), (0.5, False)):
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        assert scaler_copes(SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler))) is copes
-    assert not scaler_copes(SimpleNamespace(accelerator=SimpleNamespace(scaler=None)))

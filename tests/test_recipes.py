@@ -79,12 +79,6 @@ def test_mended_recipes_differ_only_where_they_say_so(name):
     assert changed == {"fp16", "bf16", "eval_steps", "save_steps"} and new.training["bf16"] is True
 
 
-def test_commonsense_mini_is_the_main_jobs_recipe():
-    recipe = load_recipe("commonsense-mini", TOY | {"base": "toy"})
-    assert len(recipe.data.tasks) == 7 and "hellaswag" not in recipe.data.tasks
-    assert (recipe.adapter["target_modules"], recipe.adapter["peft_type"]) == (["q_proj", "k_proj", "v_proj"], "D2MORA")
-
-
 def test_numbers_without_a_dot_are_numbers_and_the_environment_stands_in_for_a_path(tmp_path, monkeypatch):
     own = "base: toy\ntraining: {learning_rate: 3e-4}\nadapter: {orthogonality_weight: 1e-4, target_modules: [q_proj]}"
     (tmp_path / "own.yaml").write_text(own)
@@ -119,23 +113,17 @@ def launches():
                 yield path.name, int(found[1]), shlex.split(found[2], comments=True)
 
 
-def rows_a_step(name, overrides, processes):
-    training = load_recipe(name, ["data.path=toy", *overrides]).training
-    return training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1) * processes
-
-
 def test_commands_for_several_gpus_keep_the_published_batch():
     found = list(launches())
     assert {"README.md", "index.ipynb", "14_full_run.ipynb"} <= {name for name, _, _ in found}
-    for name, processes, (recipe, *words) in found:
+    advice = {2: "gradient_accumulation_steps=2", 4: "gradient_accumulation_steps=1"}  # of the recipes' comments
+    found += [("recipe", count, (name, f"training.{word}")) for name in LARGE for count, word in advice.items()]
+    for where, processes, (recipe, *words) in found:
         overrides = [word for word in words if "=" in word and not word.startswith("data.path")]
-        assert rows_a_step(recipe, overrides, processes) == 16, name
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_what_a_recipe_advises_for_more_gpus_keeps_its_batch(name):
-    two, four, eight = "training.gradient_accumulation_steps=2", "1", "1 and training.per_device_train_batch_size=2"
-    assert f"Two GPUs: {two}; four: {four}; eight: {eight}" in text_of(name).replace("\n# ", " ")
-    one = "training.gradient_accumulation_steps=1"
-    for processes, words in {1: [], 2: [two], 4: [one], 8: [one, "training.per_device_train_batch_size=2"]}.items():
-        assert rows_a_step(name, words, processes) == 16
+        training = load_recipe(recipe, ["data.path=toy", *overrides]).training
+        rows = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1) * processes
+        assert rows == 16, (where, recipe)
+    for name in LARGE:
+        assert "Two GPUs: training.gradient_accumulation_steps=2; four: 1; eight: 1 and" in text_of(name).replace(
+            "\n# ", " "
+        )

@@ -1,6 +1,5 @@
 """A run that was killed, asked to stop, or had no room goes on to the same adapter; what is not finite stops it."""
 
-import errno
 import json
 import os
 import shutil
@@ -11,9 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-import peft
 import pytest
-import safetensors
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -21,7 +18,7 @@ from transformers import TrainerCallback
 from d2mora.cli import main
 from d2mora.recipe import load_recipe
 from d2mora.toy import toy_rows
-from d2mora.train import begun, defect, last_checkpoint, read_metrics, train
+from d2mora.train import defect, last_checkpoint, read_metrics, train
 from d2mora.utils import LOCK, locked
 
 SMALL = {
@@ -194,31 +191,17 @@ def test_the_best_is_kept_and_ends_as_the_adapter_also_in_a_moved_folder(tmp_pat
 
 def test_killed_before_it_wrote_anything(tmp_path, capsys, whole):
     (tmp_path / "early/checkpoints").mkdir(parents=True)  # made by the Trainer, before the recipe is written
-    assert begun(tmp_path / "early")
     (tmp_path / "early" / LOCK).write_text("1\n")
     train(recipe(), tmp_path / "early", resume=True)
     assert "step 0" in capsys.readouterr().err and same(tmp_path / "early", whole)
 
 
-FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_a_checkpoint_with_a_file_missing_or_cut_off_is_left_out(file, tmp_path, whole, capsys):
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_with_a_file_cut_off_or_without_its_last_file_is_passed_over(file, tmp_path, whole, capsys):
     folder = Path(shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints"))
     os.truncate(folder / "checkpoint-8" / file, os.path.getsize(folder / "checkpoint-8" / file) // 2)
-    (folder / "checkpoint-6" / file).unlink()
+    (folder / "checkpoint-6" / "trainer_state.json").unlink()
     assert last_checkpoint(folder).name == "checkpoint-4" and "checkpoint-8 is incomplete" in capsys.readouterr().err
-    assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-4"]
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), PermissionError(13, "denied")])
-def test_a_checkpoint_that_may_not_be_read_is_not_taken_away(error, tmp_path, whole, monkeypatch):
-    folder = Path(shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints"))
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(error))
-    with pytest.raises(type(error)):
-        last_checkpoint(folder)
-    assert len(os.listdir(folder)) == 4
 
 
 def one_line(capsys, *words):
@@ -230,27 +213,21 @@ def one_line(capsys, *words):
     return lines[0]
 
 
-@pytest.mark.parametrize("owner, name, error", [
-    (torch, "save", OSError(errno.ENOSPC, "No space left on device")),
-    (torch, "save", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore")),
-    (peft.PeftModel, "save_pretrained", safetensors.SafetensorError("I/O error: No space left on device")),
-])  # fmt: skip
-def test_full_disk(owner, name, error, tmp_path, monkeypatch, capsys, whole):
-    real = getattr(owner, name)
+def test_full_disk(tmp_path, monkeypatch, capsys, whole):
+    real = torch.save
 
-    def fails(first, path, *args, **kwargs):
+    def fails(what, path, *args, **kwargs):
         if "checkpoint-4" in str(path):
-            raise error
-        return real(first, path, *args, **kwargs)
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore")
+        return real(what, path, *args, **kwargs)
 
-    monkeypatch.setattr(owner, name, fails)
+    monkeypatch.setattr(torch, "save", fails)
     line = one_line(capsys, "--output", tmp_path / "run")
     assert "checkpoint-4 cannot be written" in line and "MiB free" in line and "--resume" in line
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["checkpoint-2"]
-    if isinstance(error, OSError):
-        monkeypatch.setattr(owner, name, real)
-        train(recipe(), tmp_path / "run", resume=True)
-        assert same(tmp_path / "run", whole)
+    monkeypatch.setattr(torch, "save", real)
+    train(recipe(), tmp_path / "run", resume=True)
+    assert same(tmp_path / "run", whole)
 
 
 def test_one_process_writes_into_a_folder(tmp_path, capsys):
@@ -276,23 +253,14 @@ def test_what_a_run_is_not_resumed_with(tmp_path, capsys, whole):
     rows = json.loads((run / "data.json").read_text())
     rows["boolq"]["rows"] = 799
     (run / "data.json").write_text(json.dumps(rows))
-    assert "rows of boolq have changed since this run began (799 rows then, 800 now)" in refused()
-
-
-def nan_weights(model):
-    next(p for name, p in model.named_parameters() if "d2mora_A" in name).data.fill_(float("nan"))
+    assert "the training rows of boolq have changed since this run began" in refused()
 
 
 def infinite_gradient(model):
     next(p for name, p in model.named_parameters() if "d2mora_A" in name).register_hook(lambda grad: grad * torch.inf)
 
 
-@pytest.mark.parametrize("act, what, rows", [(nan_weights, "loss is nan", 2), (infinite_gradient, "gradient norm is", 4)])  # fmt: skip
-def test_what_is_not_finite_stops_the_run(act, what, rows, tmp_path):
-    with pytest.raises(FloatingPointError) as error:
-        train(recipe(**{"training.gradient_accumulation_steps": 2}), tmp_path / "run", [At(3, act)])
-    text = str(error.value)
-    assert "step 4: the " + what in text and "lower training.learning_rate" in text and "\n" not in text
-    named = text.split("number): ")[1].split(";")[0].split(", ")  # of the micro-batch, or of the whole step
-    assert len(named) == rows and all(name.split()[0] == "boolq" and name.split()[1].isdigit() for name in named)
+def test_an_infinite_gradient_stops_the_run_before_it_is_taken(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 4: the gradient norm is nan: lower training.learning_rate"):
+        train(recipe(), tmp_path / "run", [At(3, infinite_gradient)])
     assert steps(tmp_path / "run") == [2] and not (tmp_path / "run" / "adapter").exists()

@@ -220,7 +220,7 @@ def test_every_load_in_the_package_is_a_safe_one():
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "d2mora").glob("*.py"))
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     loads = [ast.unparse(node) for node in calls if getattr(node.func, "attr", "") == "from_pretrained"]
-    assert len(loads) >= 4 and [c for c in loads if "UNTRUSTED" not in c and "PeftModel" not in c] == []
+    assert len(loads) >= 2 and [c for c in loads if "UNTRUSTED" not in c and "PeftModel" not in c] == []
     unsafe = ["weights_only=False", "trust_remote_code=True", 'trust_remote_code": True', "pickle.load", "yaml.unsafe"]
     unsafe += ["yaml.Loader", "yaml.FullLoader", " eval(", " exec(", "os.system", "shell=True"]
     assert [part for part in unsafe if part in text] == []

@@ -1,4 +1,4 @@
-"""What a run leaves and says, and which recipes can be trained."""
+"""What a run leaves and says, which adapters can be trained, and what stops a run."""
 
 import contextlib
 import io
@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from d2mora.orthogonality import pairwise_cosine
 from d2mora.recipe import load_recipe
-from d2mora.toy import toy_base
-from d2mora.train import read_metrics, train, validation_losses, write_card
+from d2mora.toy import toy_base, toy_rows
+from d2mora.train import D2MoraTrainer, read_metrics, train, validation_losses, write_card
 
 SMALL = {
     "adapter.target_modules": ["q_proj"], "data.tasks": ["boolq"], "data.validation_rows": 16, "training.max_steps": 4,
@@ -59,19 +59,18 @@ def test_a_run_folder_can_be_read_back(ran):
 
 def test_the_model_card_is_filled(ran):
     _, run, _, _ = ran
-    card, metrics = (run / "adapter" / "README.md").read_text(), read_metrics(run)
     total = sum(tensor.numel() for tensor in weights(run).values())
     routers = sum(tensor.numel() for name, tensor in weights(run).items() if "_router_" in name)
     before, after = validation_losses(run)["boolq"]
-    for part in (f"{total:,} trained, of which {routers:,} in routers", "num_up_experts: 8", "boolq", "cutoff: 128", "max_steps: 4",
-                 "steps 4", f"tokens {metrics[-1]['tokens']}", f"boolq {before:.3f} → {after:.3f}", "library_name: peft", "Not graded yet"):  # fmt: skip
-        assert part in card, part
-    assert "import d2mora" in card.split("---\n", 2)[2].strip().splitlines()[0]
-    assert not [part for part in ("More Information Needed", str(run.parent), toy_base()) if part in card]
     (run / "evaluation-choice.json").write_text(json.dumps({"tasks": {"boolq": {"n": 40, "accuracy": 0.625}}}))
     write_card(run)
     (run / "evaluation-choice.json").unlink()
-    assert "| choice | boolq | 40 | 62.5 |" in (run / "adapter" / "README.md").read_text()
+    card = (run / "adapter" / "README.md").read_text()
+    for part in (f"{total:,} parameters, of which {routers:,} in routers", "num_up_experts: 8", "cutoff: 128", "library_name: peft",
+                 f"| held-out loss | boolq | {before:.3f} → {after:.3f} |", "| choice, 40 rows | boolq | 62.5 % right |"):  # fmt: skip
+        assert part in card, part
+    assert "import d2mora" in card.split("---\n", 2)[2].strip().splitlines()[0]
+    assert not [part for part in ("More Information Needed", str(run.parent), toy_base()) if part in card]
 
 
 def test_the_log_and_the_bar_say_loss_cosines_tokens_and_speed(ran):
@@ -82,8 +81,8 @@ def test_the_log_and_the_bar_say_loss_cosines_tokens_and_speed(ran):
     assert all(4 * 20 <= b - a <= 4 * 128 for a, b in zip(tokens, tokens[1:]))  # without padding
     told = {"cosine_down", "cosine_up", "train_tokens_per_second", "num_input_tokens_seen"}
     assert all(told <= logs.keys() for logs in seen if "loss" in logs)
-    last = screen.split("\r")[-1]
-    assert all(part in last for part in ("4/4", "loss=", "down=", "up=", "tokens/s=", "<")), last
+    shown = ("4/4", "loss=", "down=", "up=", "tokens/s=", "<")
+    assert any(all(part in bar for part in shown) for bar in screen.split("\r")), screen
     for side, key in (("A", "cosine_down"), ("B", "cosine_up")):  # the loop over all pairs is the reference
         found = []
         for name, own in weights(run).items():
@@ -103,28 +102,21 @@ def test_lambda_moves_the_adapter_and_is_not_in_the_loss(tmp_path):
     assert a["step"] == b["step"] == 1 and a["loss"] == b["loss"]
 
 
-ADAPTERS = {
-    "LoRA": {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]},
-    "DoRA": {"peft_type": "LORA", "r": 4, "use_dora": True, "target_modules": ["q_proj"]},
-    "one A": {"pairing": "one-to-many", "num_down_experts": 1, "num_up_experts": 4, "target_modules": "all-linear"},
-    "pairs": {"pairing": "one-to-one", "num_down_experts": 3, "num_up_experts": 3, "target_modules": ["q_proj"]},
-}
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_every_adapter_of_peft_is_a_recipe(name, tmp_path):
-    adapter, theirs = ADAPTERS[name], "peft_type" in ADAPTERS[name]
-    raw = {"base": "toy", "adapter": adapter, "data": {"path": "toy", "cutoff": 128}}
+@pytest.mark.parametrize("adapter", [
+    {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+    {"peft_type": "LORA", "r": 4, "use_dora": True, "target_modules": ["q_proj"]},
+    {"pairing": "one-to-many", "num_down_experts": 1, "num_up_experts": 4, "target_modules": "all-linear"},
+    {"pairing": "one-to-one", "num_down_experts": 3, "num_up_experts": 3, "target_modules": ["q_proj"]},
+])  # fmt: skip
+def test_every_adapter_of_peft_is_a_recipe(adapter, tmp_path):
+    raw = {"base": "toy", "adapter": adapter, "data": {"path": "toy", "cutoff": 128, "train_on_inputs": True}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(raw))
-    keys = {key: value for key, value in SMALL.items() if not key.startswith("adapter.")} | {
-        "data.train_on_inputs": True
-    }
+    keys = {key: value for key, value in SMALL.items() if not key.startswith("adapter.")}
     run = train(load_recipe(tmp_path / "own.yaml", keys | {"training.learning_rate": 0.01}), tmp_path / "run")
     before, after = validation_losses(run)["boolq"]
     assert after < before
-    assert all(("cosine_up" in line) != theirs for line in read_metrics(run) if "loss" in line)
-    card = (run / "adapter" / "README.md").read_text()
-    assert ("registers the method" in card) != theirs and ("in routers" in card) != theirs
+    assert all(("cosine_up" in line) == ("pairing" in adapter) for line in read_metrics(run) if "loss" in line)
+    assert ("d2mora" in (run / "adapter" / "README.md").read_text().split("# Adapter")[0]) == ("pairing" in adapter)
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(ran, tmp_path):
@@ -133,7 +125,29 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(ran, tmp_path):
     assert (ran[1] / "metrics.jsonl").read_text() == (runs[0] / "metrics.jsonl").read_text()
 
 
-def test_a_reporter_that_is_not_installed_is_named(tmp_path):
-    with pytest.raises(ValueError, match="(?i)nowhere|report"):
-        train(load_recipe("demo", SMALL | {"training.report_to": ["nowhere"]}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("keys, words", [
+    ({"training.learning_rate": 1e30, "training.max_grad_norm": 0}, "step 2: the loss is nan: lower training.learning_rate"),
+    ({"data.cutoff": 60, "data.truncation": "published"}, "the loss is nan.*set data.truncation=prompt"),
+])  # fmt: skip
+def test_a_loss_that_is_not_finite_stops_the_run(keys, words, tmp_path):
+    "Fifteen rows in sixteen lose their answer to a cutoff of 60 tokens."
+    rows = toy_rows("toy", "boolq", "train")[:16]
+    long = [row | {"instruction": "is it so " * 40 + row["instruction"]} for row in rows[1:]]
+    (tmp_path / "data/boolq").mkdir(parents=True)
+    (tmp_path / "data/boolq/train.json").write_text(json.dumps(rows[:1] + long if "data.cutoff" in keys else rows))
+    keys = SMALL | {"data.path": str(tmp_path / "data"), "data.validation_rows": 0} | keys
+    with pytest.raises(FloatingPointError, match=words):
+        train(load_recipe("demo", keys | {"training.per_device_train_batch_size": 1}), tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fp16s_scaler_skips_an_infinite_gradient_and_without_it_the_run_stops(fused, tmp_path):
+    args = TrainingArguments(str(tmp_path), optim="adamw_torch_fused" if fused else "adamw_torch", use_cpu=True)
+    trainer = D2MoraTrainer(torch.nn.Linear(2, 1), args)
+    optimizer, scaler = trainer.create_optimizer(), torch.amp.GradScaler("cpu")
+    scaler.scale(trainer.model(torch.ones(1, 2)).sum()).backward()
+    trainer.model.weight.grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    with pytest.raises(FloatingPointError, match="step 1: the gradient norm is inf"):
+        optimizer.step()
