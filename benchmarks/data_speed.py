@@ -1,4 +1,4 @@
-"""How long it takes to read, survey and tokenize the 107,675 real rows, without and with the cache, and to plan the 7B run.
+"""How long it takes to read, survey and tokenize the 107,675 real rows, and to plan the 7B run.
 
     D2MORA_SHARED=../shared python benchmarks/data_speed.py nbs/results/data-speed.json
 """
@@ -31,18 +31,17 @@ def timed(work):
 def measure(shared):
     from transformers import AutoTokenizer
 
-    from d2mora.data import DataConfig, encode_rows, read_rows, survey
+    from d2mora.data import DataConfig, _encode_rows, read_rows, survey
 
     tokenizer, names, path = AutoTokenizer.from_pretrained(shared / "tokenizers/mistral-v1"), TASKS.split(","), str(shared / "data")
     config, load = DataConfig(path=path, tasks=names, prompt="official", cutoff=512), os.getloadavg()[0]
-    found = {"read and check": timed(lambda: read_rows(path, names))}
-    rows = read_rows(path, names)
-    found["survey"] = timed(lambda: survey(rows, path))
-    found["tokenize"] = timed(lambda: encode_rows(rows, config, tokenizer))
-    found["tokenize again, from the cache"] = timed(lambda: encode_rows(rows, config, tokenizer))
+    found = {"read and check": timed(lambda: read_rows(config))}
+    rows = read_rows(config)
+    found["survey"] = timed(lambda: survey(rows, config))
+    found["tokenize"] = timed(lambda: _encode_rows(rows, config, tokenizer))
     command = ["-m", "d2mora.cli", "train", "llama-7b-m3n8r8", f"data.path={path}", f"data.tasks=[{TASKS}]"]
     command += ["--tokenizer", str(shared / "tokenizers/mistral-v1"), "--dry-run"]
-    found["dry run of llama-7b-m3n8r8, nothing cached of its tokens"] = timed(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
+    found["dry run of llama-7b-m3n8r8"] = timed(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
     return {"rows": len(rows), "tokenizer": "mistral-v1", "cores": os.cpu_count(), "load_before": round(load, 1), "load_after": round(os.getloadavg()[0], 1),
             "machine": platform.processor() or platform.machine(), "seconds": found}  # fmt: skip
 

@@ -95,7 +95,7 @@ def by_task(model, tokenizer, config, tasks, train, limit, rank) -> dict:
             model,
             {"all": shared, "own": own},
             tokenizer,
-            test_rows(config.path, [task], limit),
+            test_rows(config, [task], limit),
             encoded_rows(tokenizer, config, task, "test", 32),
             config.prompt,
         )
@@ -119,7 +119,7 @@ def main():
     settings, config = adapt_settings(ExportSettings(), run, config, None, model)
     train = {task: encoded_rows(tokenizer, config, task, "train", world["rows"]) for task in config.tasks}
     rows, texts = (
-        test_rows(config.path, config.tasks, limit),
+        test_rows(config, config.tasks, limit),
         [row for task in config.tasks for row in encoded_rows(tokenizer, config, task, "test", 32)],
     )
     forms = {}

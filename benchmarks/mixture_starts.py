@@ -28,7 +28,7 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from d2mora.compare import adapters_at, best_rate, next_rates, varied
-from d2mora.data import collator_for, data_path, prepare, read_rows
+from d2mora.data import collator_for, prepare, read_rows
 from d2mora.evaluate import test_rows
 from d2mora.orthogonality import active_experts, attach_orthogonality, expert_layers, pairwise_cosine
 from d2mora.recipe import Recipe, adapted_base, load_recipe
@@ -254,7 +254,7 @@ def inside(model, batch, task_norm: float) -> dict[str, float]:
 def fit(recipe: Recipe, change: Change, rate: float, seed: int, steps: int, looks: int = 0) -> dict:
     "Train with a plain loop; held-out losses (step, loss), accuracy, and what is seen inside at the first steps."
     model, tokenizer = adapted_base(recipe, seed)
-    rows = prepare(read_rows(data_path(recipe.data), recipe.data.tasks), recipe.data, tokenizer)
+    rows = prepare(read_rows(recipe.data), recipe.data, tokenizer)
     collate, size = collator_for(tokenizer), recipe.training["per_device_train_batch_size"]
     held = [row for own in rows.validation.values() for row in own]
     held_batches = [collate(held[i : i + 100]) for i in range(0, len(held), 100)]
@@ -291,7 +291,7 @@ def fit(recipe: Recipe, change: Change, rate: float, seed: int, steps: int, look
             curve.append([step, held_out(model, held_batches)])
     model.eval()
     accuracy = {}
-    for task, own in test_rows(data_path(recipe.data), recipe.data.tasks, None).items():
+    for task, own in test_rows(recipe.data, recipe.data.tasks, None).items():
         accuracy[task] = mean(
             float(g["right"]) for g in grade_rows(model, tokenizer, task, own, "choice", recipe.data.prompt)
         )

@@ -21,7 +21,6 @@ from axes import LIMIT, PLATEAU, SEEDS, STEPS, left_plateau
 from torch import Tensor
 
 from d2mora.compare import about_comparison, varied
-from d2mora.data import data_path
 from d2mora.evaluate import test_rows
 from d2mora.many_to_many import mix_down
 from d2mora.scoring import grade_rows
@@ -93,7 +92,7 @@ def measured(recipe, name: str, given: dict, seed: int) -> dict:
     model, tokenizer = hand.model.eval(), load_base(recipe.base)[1]
     right = {
         task: [g["right"] for g in grade_rows(model, tokenizer, task, rows)]
-        for task, rows in test_rows(data_path(recipe.data), None, LIMIT).items()
+        for task, rows in test_rows(recipe.data, None, LIMIT).items()
     }
     tasks = {task: sum(own) / len(own) for task, own in right.items()}
     return {

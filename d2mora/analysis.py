@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .data import data_path, read_rows
+from .data import read_rows
 from .evaluate import draw_results, equal_lengths, load_target, mcnemar, on_device, test_rows, text_routing
 from .orthogonality import pairwise_cosine, whole
 from .recipe import load_recipe, max_positions
@@ -505,9 +505,10 @@ _ROUTING_ROWS, _ABLATION_ROWS = 32, 24  # training rows and test rows of each ta
 
 def _first_rows(recipe, count):
     "The first training rows of each task."
-    rows = read_rows(data_path(recipe.data), recipe.data.tasks)
+    rows, table = read_rows(recipe.data), recipe.data.table
     numbers = {task: [i for i, own in enumerate(rows["task"]) if own == task] for task in recipe.data.tasks}
-    return {task: rows.select(own[:count]).to_list() for task, own in numbers.items() if own}
+    first = {task: rows.select(own[:count]).to_list() for task, own in numbers.items() if own}
+    return {task: [row | {"task": table[task]} for row in own] for task, own in first.items()}
 
 
 def _pictures(run, before, after):
@@ -523,7 +524,7 @@ def _pictures(run, before, after):
     routing = _attempt("routing by task", routing_by_task, model, tokenizer, rows, style, limit) or {}
     yield "routers", partial(draw_routers, routing, list(rows))
     if after and set(rows) <= set(after["tasks"]):
-        graded = test_rows(data_path(recipe.data), list(rows), _ABLATION_ROWS)
+        graded = test_rows(recipe.data, list(rows), _ABLATION_ROWS)
         yield "ablations", lambda: draw_ablations(ablate(model, tokenizer, graded, routing, style))
 
 

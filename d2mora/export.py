@@ -56,7 +56,7 @@ def encoded_rows(
     count: int,  # how many, drawn with a fixed seed; all if there are fewer
 ) -> list[dict]:  # rows with input_ids and target_start
     "Encode some rows of a task as in training."
-    rows = read_task(data_path(config), task, split)
+    rows = read_task(data_path(config), config.table[task], split)
     rows = rows.shuffle(seed=0).select(range(min(count, len(rows))))
     columns = encode({name: rows[name][:] for name in rows.column_names}, tokenizer, config)
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -375,8 +375,8 @@ def _check_source(target: str | Path, base: str | None, merge: bool) -> Any:
 def _check_tasks(known: list[str], tasks: list[str] | None) -> list[str]:
     "The tasks asked for, or all that are known; those that the adapter was not trained on are refused."
     for task in tasks or []:
-        find_task(task)
         if task not in known:
+            find_task(task)
             reason = f"the adapter was not trained on {task}, so its routers say nothing about it"
             raise ValueError(f"{reason}: calibrate on {', '.join(known)}")
     return list(dict.fromkeys(tasks or known))
@@ -440,7 +440,7 @@ def _write_card(folder: Path, base: str, found: dict, merge: bool) -> None:
 def _export_one(model, tokenizer, config, settings: ExportSettings, base: str, tasks: list[str], folder: Path) -> dict:
     "Make the forms, measure them, write one, and measure what was written."
     encoded = lambda split, n: [row for task in tasks for row in encoded_rows(tokenizer, config, task, split, n)]
-    train, rows = encoded("train", settings.rows), test_rows(data_path(config), tasks, settings.limit)
+    train, rows = encoded("train", settings.rows), test_rows(config, tasks, settings.limit)
     moments, rank = calibrate(model, train), settings.rank
     forms = {"mean": static_lora(model, moments, "mean"), "fitted": static_lora(model, moments, "fitted", rank)}
     if settings.distill:

@@ -42,7 +42,6 @@ from d2mora.data import (
     check_packing,
     collator_for,
     counts_table,
-    data_path,
     logits_at_targets,
     prepare,
     read_rows,
@@ -651,7 +650,7 @@ def train(
     _check_output(output, recipe, resume)
     with locked(output) if main_process() else nullcontext():
         _check_output(output, recipe, resume)  # again: from here on no other process writes
-        rows = read_rows(data_path(recipe.data), recipe.data.tasks)
+        rows = read_rows(recipe.data)
         _check_data(output, fingerprint := _fingerprint(rows))
         if (output / "adapter").exists():
             print(f"{output.name}: this run is finished", file=sys.stderr)

@@ -159,7 +159,9 @@ def test_the_card_says_what_lies_on_the_disk(what, tmp_path):
         assert {t: own["accuracy"] for t, own in graded.items()} == {t: own["accuracy"] for t, own in written.items()}
         assert f"library_name: {'peft' if how == 'LoRA' else 'transformers'}" in (place / "README.md").read_text()
         whole, tokenizer, _ = load_target(place)
-        ids = tokenizer(rows_to_grade("toy", ["piqa"], 1)["piqa"][0]["instruction"], return_tensors="pt").input_ids
+        ids = tokenizer(
+            rows_to_grade(DataConfig("toy"), ["piqa"], 1)["piqa"][0]["instruction"], return_tensors="pt"
+        ).input_ids
         with torch.no_grad():
             expected, read = expected_lora(adapter, tasks)(ids).logits.float(), whole.eval()(ids).logits.float()
         assert difference(read, expected) < (0.05 if what == "bf16" else 1e-3) * expected.abs().max()
