@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from helpers import few_real_rows
 
 from d2mora.cli import main
-from d2mora.data import read_task
 from d2mora.evaluate import evaluate
 from d2mora.recipe import load_recipe
 from d2mora.tasks import TASKS
@@ -16,17 +16,9 @@ TRAINED = [task for task in TASKS if task != "hellaswag"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, shared):
-    "The first 40 train rows and 8 test rows of each task, as files."
-    folder = tmp_path_factory.mktemp("data")
-    for task in TASKS:
-        (folder / task).mkdir()
-        for split, n in (("train", 40), ("test", 8)):
-            if (task, split) != ("hellaswag", "train"):
-                rows = read_task(str(shared / "data"), task, split).remove_columns("task")
-                start = len(rows) - n if task == "hellaswag" else 0  # the last of its rows are long
-                few = rows.select(range(start, start + n)).to_list()
-                (folder / task / f"{split}.json").write_text(json.dumps(few))
-    return folder
+    "The first 40 train rows and 8 test rows of each task, of hellaswag the last ones, which are long."
+    order = lambda rows, task: rows[-8:] if task == "hellaswag" else rows
+    return few_real_rows(tmp_path_factory.mktemp("data"), shared, 40, 8, order)
 
 
 @pytest.fixture(scope="module")
