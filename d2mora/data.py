@@ -120,7 +120,7 @@ def row_problem(
 
 # %% ../nbs/09_data.ipynb #f54df1d5
 def _parsed(path):
-    "The rows of a file: JSON, JSON Lines or CSV, gzipped or not, or Parquet."
+    "The rows of a file: JSON, JSON Lines or CSV, gzipped or not, or Parquet; `datasets` says less of a broken one."
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
