@@ -74,7 +74,8 @@ def convert_official_checkpoint(
     ((M, N, r),) = shapes
     targets = sorted({module.rpartition(".")[-1] for module in stacks})
     settings = {"target_modules": targets, "task_type": "CAUSAL_LM", **settings}
-    config, weights = D2MoraConfig(r=r, num_down_experts=M, num_up_experts=N, lora_alpha=lora_alpha, **settings), {}
+    config = D2MoraConfig(r=r, num_down_experts=M, num_up_experts=N, lora_alpha=lora_alpha, **settings)
+    weights: dict[str, Tensor] = {}
     for module, (A, B, down, up) in stacks.items():
         weights |= {f"{module}.d2mora_A.weight": A.flatten(0, 1), f"{module}.d2mora_B.weight": B.flatten(0, 1)}
         weights |= {f"{module}.d2mora_router_down.weight": down, f"{module}.d2mora_router_up.weight": up}

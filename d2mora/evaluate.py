@@ -36,7 +36,7 @@ from .data import DataConfig, data_path, find_file, read_task, shorten_prompt, t
 from .recipe import embeddings, load_base, load_recipe, load_tokenizer, max_positions
 from .scoring import NEW_TOKENS, PROTOCOLS, generation_settings, grade_batches, grading_order
 from .scoring import out_of_memory, row_hash, write
-from .tasks import PROMPT_STYLES, TASKS, Task, checked_name, evaluating, evaluation_prompt, find_task, row_answers
+from .tasks import PROMPT_STYLES, TASKS, checked_name, evaluating, evaluation_prompt, find_task, row_answers
 from .toy import TOY_WORLDS
 from .train import validation_losses, write_card
 from .tuner import mixture, watch_layers
@@ -409,12 +409,12 @@ def on_device(model):
 def tasks_to_grade(
     data: DataConfig,  # where the rows are, and own tasks
     wanted: Iterable[str] | None,  # tasks asked for; None: all that have test rows
-) -> list[Task]:
+) -> list[str]:  # as `Task`, which brings its answer words along
     "The tasks to grade; a ValueError for a name that is no task."
     path, table = data_path(data), data.table
     if wanted:
         return [find_task(task, table) for task in dict.fromkeys(wanted)]
-    there = [task for task in table.values() if path in TOY_WORLDS or task_file(Path(path), task, "test")]
+    there: list[str] = [task for task in table.values() if path in TOY_WORLDS or task_file(Path(path), task, "test")]
     if not there:
         find_file(Path(path), "boolq", "test")  # raises an error that says what is missing
     return there
