@@ -1,4 +1,4 @@
-"""How long it takes to read, survey and tokenize the 107,675 real rows, without and with the cache, and to plan the 7B run.
+"""How long it takes to read, survey and tokenize the 107,675 real rows, and to plan the 7B run.
 
 D2MORA_SHARED=../shared python benchmarks/data_speed.py nbs/results/data-speed.json
 """
@@ -32,20 +32,19 @@ def timed(work):
 def measure() -> dict:
     from transformers import AutoTokenizer
 
-    from d2mora.data import DataConfig, encode_rows, read_rows, survey
+    from d2mora.data import DataConfig, _encode_rows, read_rows, survey
 
     mistral, names, path = SHARED / "tokenizers/mistral-v1", TASKS.split(","), str(SHARED / "data")
     tokenizer, load = AutoTokenizer.from_pretrained(mistral), os.getloadavg()[0]
     config = DataConfig(path=path, tasks=names, prompt="official", cutoff=512)
-    found = {"read and check": timed(lambda: read_rows(path, names))}
-    rows = read_rows(path, names)
-    found["survey"] = timed(lambda: survey(rows, path))
-    found["tokenize"] = timed(lambda: encode_rows(rows, config, tokenizer))
-    found["tokenize again, from the cache"] = timed(lambda: encode_rows(rows, config, tokenizer))
+    found = {"read and check": timed(lambda: read_rows(config))}
+    rows = read_rows(config)
+    found["survey"] = timed(lambda: survey(rows, config))
+    found["tokenize"] = timed(lambda: _encode_rows(rows, config, tokenizer))
     command = ["-m", "d2mora.cli", "train", "llama-7b-m3n8r8", f"data.path={path}", f"data.tasks=[{TASKS}]"]
     command = [sys.executable, *command, "--tokenizer", str(mistral), "--dry-run"]
     dry = timed(lambda: subprocess.run(command, check=True, capture_output=True))
-    found["dry run of llama-7b-m3n8r8, nothing cached of its tokens"] = dry
+    found["dry run of llama-7b-m3n8r8"] = dry
     loads = {"load_before": round(load, 1), "load_after": round(os.getloadavg()[0], 1)}
     about = {"rows": len(rows), "tokenizer": "mistral-v1", "cores": os.cpu_count()} | loads
     return about | {"machine": machine()["processor"], "seconds": found}

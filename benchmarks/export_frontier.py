@@ -54,7 +54,7 @@ def by_task(model, tokenizer, config, tasks, train, limit, rank) -> dict:
     for task in tasks:
         forms = {"all": shared, "own": static_lora(model, calibrate(model, train[task]), rank)}
         texts = encoded_rows(tokenizer, config, task, "test", 32)
-        costs = measure(model, forms, tokenizer, test_rows(config.path, [task], limit), texts, config.prompt)
+        costs = measure(model, forms, tokenizer, test_rows(config, [task], limit), texts, config.prompt)
         found[task] = {"routed": costs["own"]["routed_average"]}
         for name, cost in costs.items():
             kept = {"agreement": cost["agreement"], "accuracy": cost["average"], "divergence": cost["divergence"]}
@@ -75,7 +75,7 @@ def main():
     config = replace(config, path=data_path(config), cutoff=min(config.cutoff, max_positions(model) or config.cutoff))
     learning_rate = load_recipe(run / "recipe.yaml").training["learning_rate"]
     train = {task: encoded_rows(tokenizer, config, task, "train", world["rows"]) for task in config.tasks}
-    rows, every = test_rows(config.path, config.tasks, limit), sum(train.values(), [])
+    rows, every = test_rows(config, config.tasks, limit), sum(train.values(), [])
     texts = [row for task in config.tasks for row in encoded_rows(tokenizer, config, task, "test", 32)]
     forms = {}
     for form, rank, static in forms_of(model, tokenizer, every, world, learning_rate):

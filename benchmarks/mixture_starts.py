@@ -26,7 +26,7 @@ import transformers
 from hard_world import called, listed, side_by_side
 
 from d2mora.compare import CHOOSING_SEEDS, adapters_at, best_rate, next_rates, output_change, varied
-from d2mora.data import collator_for, data_path, prepare, read_rows
+from d2mora.data import collator_for, prepare, read_rows
 from d2mora.evaluate import test_rows
 from d2mora.orthogonality import active_experts, attach_orthogonality, expert_layers, pairwise_cosine, similarity
 from d2mora.recipe import Recipe, adapted_base, load_recipe
@@ -256,17 +256,14 @@ def graded(model, tokenizer, recipe: Recipe) -> dict[str, float]:
     style = recipe.data.prompt
     return {
         task: mean(float(row["right"]) for row in grade_rows(model, tokenizer, task, rows, "choice", style))
-        for task, rows in test_rows(data_path(recipe.data), recipe.data.tasks, None).items()
+        for task, rows in test_rows(recipe.data, recipe.data.tasks, None).items()
     }
 
 
 def fit(recipe: Recipe, change: Change, rate: float, seed: int, steps: int, whole: bool) -> dict:
     "Train with a plain loop: the last held-out loss; of a whole run also its curve, what is seen inside, and accuracy."
     (model, tokenizer), training = adapted_base(recipe, seed), recipe.training
-    rows, collate = (
-        prepare(read_rows(data_path(recipe.data), recipe.data.tasks), recipe.data, tokenizer),
-        collator_for(tokenizer),
-    )
+    rows, collate = prepare(read_rows(recipe.data), recipe.data, tokenizer), collator_for(tokenizer)
     aside = [row for own in rows.validation.values() for row in own]
     held = [collate(aside[i : i + 100]) for i in range(0, len(aside), 100)]
     if change.start:

@@ -21,7 +21,6 @@ from common import command_line, store
 from torch import Tensor
 
 from d2mora.compare import about_comparison, varied
-from d2mora.data import data_path
 from d2mora.evaluate import test_rows
 from d2mora.many_to_many import mix_down
 from d2mora.scoring import grade_rows
@@ -68,7 +67,7 @@ def measured(recipe, name: str, given: dict, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         left = left_plateau(train(varied(recipe, adapter, seed=seed), Path(folder) / "run", [hand]))
     model, tokenizer = hand.model.eval(), load_base(recipe.base)[1]
-    rows = test_rows(data_path(recipe.data), None, LIMIT).items()
+    rows = test_rows(recipe.data, None, LIMIT).items()
     right = {task: [g["right"] for g in grade_rows(model, tokenizer, task, own)] for task, own in rows}
     tasks = {task: sum(own) / len(own) for task, own in right.items()}
     return {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .data import data_path, read_rows
+from .data import read_rows
 from .evaluate import draw_results, equal_lengths, load_target, mcnemar, on_device, test_rows, text_routing
 from .orthogonality import pairwise_cosine, whole
 from .recipe import load_recipe, max_positions
@@ -400,8 +400,11 @@ _ROUTING_ROWS, _ABLATION_ROWS = 32, 24  # training rows and test rows of each ta
 
 def _first_rows(config):
     "The first training rows of each task."
-    by_task = read_rows(data_path(config), config.tasks).to_pandas().groupby("task", sort=False)
-    return {task: own.head(_ROUTING_ROWS).to_dict("records") for task, own in by_task}
+    rows, found = read_rows(config).to_pandas(), {}
+    for task, own in rows.groupby("task", sort=False):
+        first = own.head(_ROUTING_ROWS).to_dict("records")
+        found[task] = [row | {"task": config.table[task]} for row in first]
+    return found
 
 
 def _pictures(run, before, after):
@@ -413,10 +416,10 @@ def _pictures(run, before, after):
     if next(named_experts(on_device(model)), None) is None:
         return
     yield "similarity", lambda: draw_similarity(layer_similarity(model))
-    path, style, rows = data_path(recipe.data), recipe.data.prompt, _first_rows(recipe.data)
+    style, rows = recipe.data.prompt, _first_rows(recipe.data)
     yield "routers", lambda: draw_routers(routing_by_task(model, tokenizer, rows, style), list(rows))
     if after and set(rows) <= set(after["tasks"]):
-        graded = test_rows(path, rows, _ABLATION_ROWS)
+        graded = test_rows(recipe.data, list(rows), _ABLATION_ROWS)
         yield "ablations", lambda: draw_ablations(ablate(model, tokenizer, graded, style))
 
 

@@ -6,68 +6,59 @@
 __all__ = ['convert_official_checkpoint', 'methods', 'read_adapter', 'read_weights', 'check_whole']
 
 # %% ../nbs/b_checkpoints.ipynb #36fa6bd2
-import math
 import peft
 import re
 import torch
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing import Any
 
 from .tuner import D2MoraConfig
 from .utils import check_words, first_line, nearest, read_json, read_tensors
 
-# %% ../nbs/b_checkpoints.ipynb #baa88304
+# %% ../nbs/b_checkpoints.ipynb #c338e1ec
 _PUBLISHED = re.compile(r"(.+)\.lora_(A|B|route1|route2)(?:\.(\d+))?\.weight")
 
 
-def _not_finite(tensor: Tensor) -> str:
-    "What is wrong with a tensor's values: its type, or NaN or infinity; empty if all is well."
-    if not tensor.is_floating_point():
-        return f"{tensor.dtype}, not numbers with a fraction"
-    return "" if tensor.isfinite().all() else "NaN or infinity"
-
-
-def _group_by_module(state_dict: Mapping[str, Tensor]) -> dict[str, dict[tuple, Tensor]]:
+def _group_by_module(state_dict):
     "Published tensors by module, then by (kind, expert); a ValueError for what is not a finite matrix."
-    if not isinstance(state_dict, Mapping) or not all(isinstance(t, Tensor) for t in state_dict.values()):
-        how = "read the file first, by torch.load(path, weights_only=True) or safetensors"
-        raise ValueError(f"state_dict is a {type(state_dict).__name__}, not tensors by name: {how}")
     layers: dict[str, dict[tuple, Tensor]] = {}
-    for key in [key for key in state_dict if ".lora_" in key]:
-        parts, tensor = _PUBLISHED.fullmatch(key), state_dict[key]
-        if not parts:
-            forms = "…lora_A.0.weight, …lora_B.0.weight, …lora_route1.weight and …lora_route2.weight are"
-            raise ValueError(f"{key} is no published name: {forms}")
-        if wrong := f"shape {tuple(tensor.shape)}, not a matrix" if tensor.dim() != 2 else _not_finite(tensor):
-            raise ValueError(f"{key} holds {wrong}: take an earlier or another checkpoint")
+    for key, tensor in state_dict.items():
+        if ".lora_" not in key:
+            continue
+        if not (parts := _PUBLISHED.fullmatch(key)):
+            raise ValueError(f"{key} is no published name, such as …lora_A.0.weight or …lora_route1.weight")
+        if tensor.dim() != 2 or not tensor.isfinite().all():
+            fault = f"{key}, of shape {tuple(tensor.shape)}, is not a matrix or holds NaN or infinity"
+            raise ValueError(f"{fault}: take another checkpoint")
         layers.setdefault(parts[1], {})[parts[2], int(parts[3] or 0)] = tensor
     if not layers:
         raise ValueError("no published D2MoRA parameters (…lora_A.0.weight, …lora_route1.weight) among the keys")
     return layers
 
 
-def _stack_experts(module: str, parts: dict[tuple, Tensor]) -> dict[str, Tensor]:
-    "One layer's tensors in our form, by the end of their name: A (M·r, d_in), B (N·r, d_out), routers as they are."
+def _stack_experts(module, parts):
+    "One layer's tensors in our form: A (M, r, d_in), B (N, r, d_out), routers (M, d_in) and (N, r)."
     M, N = (max(1, sum(kind == own for own, _ in parts)) for kind in "AB")
-    A, B, routers = [("A", i) for i in range(M)], [("B", j) for j in range(N)], [("route1", 0), ("route2", 0)]
-    if missing := [f"lora_{kind}.{i}" for kind, i in A + B + routers if (kind, i) not in parts]:
+    names = [*(("A", i) for i in range(M)), *(("B", j) for j in range(N)), ("route1", 0), ("route2", 0)]
+    if missing := [f"lora_{kind}.{i}" for kind, i in names if (kind, i) not in parts]:
         raise ValueError(f"{module}: the checkpoint lacks {', '.join(missing)}: is the file complete?")
-    (r, d_in), d_out = parts["A", 0].shape, len(parts["B", 0])
-    wanted = {"A": (r, d_in), "B": (d_out, r), "route1": (M, d_in), "route2": (N, r)}
-    for (kind, i), tensor in parts.items():
-        if tensor.shape != wanted[kind]:
-            fit = f"has shape {tuple(tensor.shape)}, and the others of its layer ask for {wanted[kind]}"
-            raise ValueError(f"{module}.lora_{kind}, expert {i}, {fit}: is it of another checkpoint?")
-    return {
-        "d2mora_A.weight": torch.cat([parts[key] for key in A]),
-        "d2mora_B.weight": torch.cat([parts[key].T for key in B]),
-        "d2mora_router_down.weight": parts["route1", 0],
-        "d2mora_router_up.weight": parts["route2", 0],
-    }
+    try:
+        A, B = (torch.stack([parts[kind, i] for own, i in names if own == kind]) for kind in "AB")
+    except RuntimeError as error:
+        raise ValueError(f"{module}: {first_line(error)}: is an expert of another checkpoint?") from error
+    return A, B.transpose(1, 2), parts["route1", 0], parts["route2", 0]
+
+
+def _shapes_of(module, A, B, down, up):
+    "(M, N, r) of one layer; a ValueError unless its tensors fit each other."
+    (M, r, d_in), N = A.shape, len(B)
+    if B.shape[1] != r or down.shape != (M, d_in) or up.shape != (N, r):
+        found = [tuple(t.shape) for t in (A, B, down, up)]
+        raise ValueError(f"{module}: A, B and routers of shapes {found} do not fit: are some of another checkpoint?")
+    return M, N, r
 
 # %% ../nbs/b_checkpoints.ipynb #c973dcf2
 def convert_official_checkpoint(
@@ -76,17 +67,19 @@ def convert_official_checkpoint(
     **settings,  # further fields of `D2MoraConfig`
 ) -> tuple[D2MoraConfig, dict[str, Tensor]]:  # for `get_peft_model` and `set_peft_model_state_dict`
     "Turn published parameters into a configuration and weights of ours; raises a ValueError for a damaged file."
-    weights = {module: _stack_experts(module, parts) for module, parts in _group_by_module(state_dict).items()}
-    shapes = {
-        (len(own["d2mora_router_down.weight"]), *own["d2mora_router_up.weight"].shape) for own in weights.values()
-    }
+    stacks = {module: _stack_experts(module, parts) for module, parts in _group_by_module(state_dict).items()}
+    shapes = {_shapes_of(module, *stack) for module, stack in stacks.items()}
     if len(shapes) > 1:
         raise ValueError(f"the layers differ in (M, N, r): {sorted(shapes)}; one configuration cannot hold them")
     ((M, N, r),) = shapes
-    targets = sorted({module.rpartition(".")[-1] for module in weights})
+    targets = sorted({module.rpartition(".")[-1] for module in stacks})
     settings = {"target_modules": targets, "task_type": "CAUSAL_LM", **settings}
     config = D2MoraConfig(r=r, num_down_experts=M, num_up_experts=N, lora_alpha=lora_alpha, **settings)
-    return config, {f"{module}.{name}": t for module, own in weights.items() for name, t in own.items()}
+    weights: dict[str, Tensor] = {}
+    for module, (A, B, down, up) in stacks.items():
+        weights |= {f"{module}.d2mora_A.weight": A.flatten(0, 1), f"{module}.d2mora_B.weight": B.flatten(0, 1)}
+        weights |= {f"{module}.d2mora_router_down.weight": down, f"{module}.d2mora_router_up.weight": up}
+    return config, weights
 
 # %% ../nbs/b_checkpoints.ipynb #416c9fbf
 def methods() -> dict[str, type[peft.PeftConfig]]:
@@ -99,8 +92,6 @@ def _check_settings(config: dict, path: Path) -> None:
     kind, known, version = config.get("peft_type"), methods(), peft.__version__
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"{path}: peft_type={kind!r} is no method of PEFT {version}{nearest(str(kind), known)}")
-    if not isinstance(base := config.get("base_model_name_or_path"), str | None):
-        raise ValueError(f"{path}: base_model_name_or_path={base!r} is not a text")
     here = {f.name: f.init for f in fields(known[kind])} | {"peft_version": False}
     if unknown := sorted(key for key, value in config.items() if key not in here and value):
         saved = f"install the version that saved it ({config.get('peft_version', 'unknown')}), or a newer one"
@@ -111,40 +102,14 @@ def _check_settings(config: dict, path: Path) -> None:
         raise ValueError(f"{path}: {first_line(error)}") from error
 
 
-_ROWS_FROM = {  # fields whose product is the number of rows of each part
-    "d2mora_A": ("num_down_experts", "r"),
-    "d2mora_B": ("num_up_experts", "r"),
-    "d2mora_router_down": ("num_down_experts",),
-    "d2mora_router_up": ("num_up_experts",),
-}
-
-
-def _check_shapes(config: dict, weights: Path) -> None:
-    "Raise a ValueError if a D2MoRA configuration does not fit its tensors, whose shapes are read without loading them."
-    try:
-        with safe_open(weights, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights} cannot be read: {first_line(error)}: copy the adapter's folder again") from error
-    for name, shape in shapes.items():
-        keys = _ROWS_FROM.get(name.removesuffix(".weight").rpartition(".")[-1], ())
-        sizes = {key: config.get(key, getattr(D2MoraConfig, key)) for key in keys}
-        if sizes and (len(shape) != 2 or shape[0] != math.prod(sizes.values())):
-            claim = ", ".join(f"{key}={value}" for key, value in sizes.items())
-            fit = f"{name} has shape {shape}, but adapter_config.json says {claim}"
-            raise ValueError(f"{weights}: {fit}: one of them is not this adapter's")
-
-
 def read_adapter(
     folder: Path,  # with adapter_config.json
 ) -> dict[str, Any]:  # the configuration
     "Read an adapter's configuration; raises a ValueError for what PEFT should not act on."
-    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    path = folder / "adapter_config.json"
     config = read_json(path, "peft_type")
     check_words(config, f"{path}: ")
     _check_settings(config, path)
-    if config["peft_type"] == "D2MORA" and weights.is_file():
-        _check_shapes(config, weights)
     return config
 
 # %% ../nbs/b_checkpoints.ipynb #d5f3e83e
@@ -158,8 +123,8 @@ def read_weights(
         raise ValueError(f"'{folder}' holds adapter_config.json, but no {names[0]}: copy the whole folder")
     tensors = read_tensors(path)
     for name, tensor in tensors.items():
-        if wrong := _not_finite(tensor):
-            raise ValueError(f"{path}: {name} holds {wrong}: take an earlier checkpoint, or train again")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: take an earlier checkpoint, or train again")
     return tensors
 
 

@@ -131,7 +131,7 @@ def first_step_change(
     "Measure how far one step of AdamW without warm-up moves the outputs of the adapted layers."
     seed, rate = recipe.training.get("seed", 42), recipe.training.get("learning_rate", 5e-5)
     model, tokenizer = adapted_base(recipe, seed)
-    rows = prepare(read_rows(data_path(recipe.data), recipe.data.tasks), recipe.data, tokenizer).train
+    rows = prepare(read_rows(recipe.data), recipe.data, tokenizer).train
     size = min(len(rows), recipe.training.get("per_device_train_batch_size", 8))
     batch = collator_for(tokenizer)([rows[i] for i in random.Random(seed).sample(range(len(rows)), size)])
     optimizer = torch.optim.AdamW([p for p in model.eval().parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
@@ -301,7 +301,7 @@ def run(
     started = time.perf_counter()
     folder = train(recipe, output, [Monitor()], resume=resume)
     trained, data = time.perf_counter() - started, data_path(recipe.data)
-    tasks = own_tasks(data, recipe.data.tasks)
+    tasks = own_tasks(recipe.data, recipe.data.tasks)
     before = evaluate(base=recipe.base, data=data, prompt=recipe.data.prompt, tasks=tasks)
     after = evaluate(folder, tasks=tasks)
     places = {
@@ -339,7 +339,7 @@ def one_run(
 
 def _grades(recipe: Recipe, folder: Path, protocol: str, limit: int | None) -> dict:
     "The average accuracy of a run, and each task's; what is graded already is read."
-    tasks, keys = own_tasks(data_path(recipe.data), recipe.data.tasks), ("n", "accuracy", "interval", "chance")
+    tasks, keys = own_tasks(recipe.data, recipe.data.tasks), ("n", "accuracy", "interval", "chance")
     found = evaluate(folder, protocol=protocol, tasks=tasks, limit=limit, progress=False)
     by_task = {task: {k: own[k] for k in keys} for task, own in found["tasks"].items()}
     return {"average": found["average"], "tasks": by_task}
@@ -514,7 +514,7 @@ def _check(recipe: Recipe, methods, seeds, protocols, rates, limit: int | None, 
         checked_name(protocol, PROTOCOLS, "protocol")
     if single and "max_steps" not in recipe.training:
         raise ValueError("single tasks need training.max_steps: each task gets its share of them")
-    tasks_to_grade(data_path(recipe.data), None)  # says what is missing
+    tasks_to_grade(recipe.data, None)  # says what is missing
 
 
 def with_curve(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIELDS', 'PUBLISHED', 'home', 'DataConfig', 'data_path', 'row_problem', 'read_file', 'column', 'task_file',
            'find_file', 'read_task', 'read_rows', 'plain', 'survey', 'shorten_prompt', 'encode', 'Collator',
-           'check_tokenizer', 'collator_for', 'encode_rows', 'Prepared', 'prepare', 'counts_table', 'pack',
-           'check_packing', 'ByLength', 'sampling_arguments', 'epoch_batches', 'computed_tokens', 'logits_at_targets']
+           'check_tokenizer', 'collator_for', 'Prepared', 'prepare', 'counts_table', 'pack', 'check_packing',
+           'ByLength', 'sampling_arguments', 'batch_tokens', 'logits_at_targets']
 
 # %% ../nbs/09_data.ipynb #ea618370
 import csv
@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .tasks import ANSWER_PREFIX, OWN_TASKS_PAGE, TASKS, evaluating, find_task, parse_answer
-from .tasks import register_tasks, row_answers, task_table, training_prompt
+from .tasks import ANSWER_PREFIX, OWN_TASKS_PAGE, TASKS, Task, evaluating, find_task, parse_answer
+from .tasks import row_answers, task_table, training_prompt
 from .toy import TOY_WORLDS, toy_rows
-from .utils import first_line, nearest, read_yaml
+from .utils import check_number, first_line, nearest, read_yaml
 
 if TYPE_CHECKING:
     import datasets
@@ -42,7 +42,7 @@ def home(path: str) -> str:
 
 
 def _tasks_file(named, path):
-    "The own tasks that a YAML file describes: the one named, else tasks.yaml in the folder of the data, if it is there."
+    "What a YAML file says of own tasks: the one named, else tasks.yaml in the folder of the data, if it is there."
     file = Path(home(named)) if named else Path(home(path or os.environ.get("D2MORA_DATA", ""))) / "tasks.yaml"
     if not named and not os.path.isfile(file):
         return {}
@@ -72,24 +72,25 @@ class DataConfig:
 
     def __post_init__(self):
         self.own_tasks, self.tasks_file = _tasks_file(self.tasks_file, self.path) | self.own_tasks, None
-        register_tasks(self.own_tasks)
-        if self.tasks is None:
-            self.tasks = list(self.own_tasks or TASKS)
+        table = self.table  # an own task that cannot work is an error here
+        self.tasks = list(self.own_tasks or TASKS) if self.tasks is None else self.tasks
         if not self.tasks:
             raise ValueError("data.tasks is empty: name at least one task")
         for task in self.tasks:
-            find_task(task)
+            find_task(task, table)
             if self.tasks.count(task) > 1:
                 raise ValueError(f"data.tasks names {task} twice: name it once")
-        if self.cutoff < 1:
-            raise ValueError(f"data.cutoff={self.cutoff}: must be at least 1 token")
-        if self.validation_rows < 0:
-            raise ValueError(f"data.validation_rows={self.validation_rows}: must be 0 or more")
+        check_number("data.cutoff", self.cutoff, 1, whole=True)
+        check_number("data.validation_rows", self.validation_rows, 0, whole=True)
+
+    @property
+    def table(self) -> dict[str, Task]:
+        "The eight tasks and the own ones, by name."
+        return task_table(self.own_tasks)
 
 
 def data_path(config: DataConfig) -> str:
     "The recipe's path, else that of the environment variable D2MORA_DATA; a ValueError if there is none."
-    register_tasks(config.own_tasks)  # again: another recipe may have named its tasks alike
     if path := config.path or os.environ.get("D2MORA_DATA"):
         return home(str(path))
     mend = "give data.path (--data of evaluate and export) a folder with <task>/train.json, or toy, or set D2MORA_DATA"
@@ -101,15 +102,15 @@ FIELDS = ("instruction", "input", "output", "answer")
 
 def row_problem(
     row: dict,  # with the columns instruction, input, output, answer
-    task: str,  # its name
+    task: str,  # one of the eight by name, or an own `Task`
 ) -> str:  # "" for a good row, else what is wrong with which field
     "The reason why a row cannot be trained on and graded."
     for name in FIELDS:
-        value, needed = row.get(name), name != "input"
-        if value is None and needed:
-            return f"field '{name}' is missing"
-        if value is not None and (not isinstance(value, str) or needed and not value.strip()):
-            return f"field '{name}' is not a text: {value!r}"
+        value = row.get(name)
+        if name == "input" and value is None:
+            continue
+        if not isinstance(value, str) or name != "input" and not value.strip():
+            return f"field '{name}' is missing or not a text: {value!r}"
     offered = row_answers(row, task)
     if row["answer"] not in offered:
         return f"field 'answer' is '{row['answer']}', not one of {'/'.join(offered)}"
@@ -117,9 +118,9 @@ def row_problem(
         return f"field 'output' does not contain the answer '{row['answer']}' first: {row['output'][:60]!r}"
     return ""
 
-# %% ../nbs/09_data.ipynb #a74905be
+# %% ../nbs/09_data.ipynb #f54df1d5
 def _parsed(path):
-    "The rows of a file: JSON, JSON Lines or CSV, gzipped or not, or Parquet."
+    "The rows of a file: JSON, JSON Lines or CSV, gzipped or not, or Parquet; `datasets` says less of a broken one."
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
@@ -132,69 +133,58 @@ def _parsed(path):
         return [json.loads(line) for line in file if line.strip()] if ".jsonl" in path.suffixes else json.load(file)
 
 
+def _own_rows(rows, own):
+    "Rows of an own task: columns renamed, values in place of answer words, an output made where the file has none."
+    source, there = {name: own.fields.get(name, name) for name in FIELDS}, {key for row in rows for key in row}
+    if not there.issuperset(needed := (source["instruction"], source["answer"])):
+        found = ", ".join(sorted(map(str, there)))
+        raise ValueError(f"no columns {' and '.join(needed)} (there are: {found}): see {OWN_TASKS_PAGE}")
+    for row in ({name: row.get(column) for name, column in source.items()} for row in rows):
+        value = str(row["answer"]).strip()
+        answer = own.labels.get(value, value)
+        yield row | {"answer": answer, "output": row["output"] or f"{ANSWER_PREFIX} {answer}"}
+
+
 def _in_our_fields(rows, task):
-    "Rows with the four fields; those of an own task are renamed, and an output is made where the file has none."
+    "What was parsed, as rows with our four fields."
     if not isinstance(rows, list) or not rows:
         raise ValueError("is not an array with rows")
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {i} is not an object with fields")
-    own = None if task in (None, *TASKS) else find_task(task)
-    source, there = {name: name for name in FIELDS} | (own.fields if own else {}), {key for row in rows for key in row}
-    if own and not there.issuperset({source["instruction"], source["answer"]}):
-        columns, there_are = " and ".join((source["instruction"], source["answer"])), ", ".join(sorted(map(str, there)))
-        raise ValueError(f"no columns {columns} (there are: {there_are}): name them in `fields`, see {OWN_TASKS_PAGE}")
-    rows = [{name: row.get(column) for name, column in source.items()} for row in rows]
-    if own:
-        for row in rows:
-            value = str(row["answer"]).strip()
-            row["answer"] = own.labels.get(value, value)
-            row["output"] = row["output"] or f"{ANSWER_PREFIX} {row['answer']}"
-    return rows
+    if wrong := [i for i, row in enumerate(rows) if not isinstance(row, dict)]:
+        raise ValueError(f"row {wrong[0]} is not an object with fields")
+    if task in (None, *TASKS):
+        return [{name: row.get(name) for name in FIELDS} for row in rows]
+    return list(_own_rows(rows, find_task(task)))
 
 
 def read_file(
     path: Path,  # of a split
-    task: str | None = None,  # whose rows these are; None: of several tasks
+    task: str | None = None,  # whose rows these are; an own task as a `Task`; None: of several of the eight
 ) -> list[dict]:  # instruction, input, output, answer, as the file has them; None where it does not
     "Read one file; a ValueError says which file cannot be read, and why."
     try:
         return _in_our_fields(_parsed(path), task)
-    except RecursionError:
-        fault = "is nested too deeply to be an array of rows"
-    except json.JSONDecodeError as error:
-        fault = f"not JSON: {error}"
-    except UnicodeDecodeError as error:
-        fault = f"cannot be read: {error}: save it as UTF-8"
-    except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error) as error:
-        fault = f"cannot be read: {error}"
-    except OSError as error:
-        mend = "make it readable, or leave its task out of data.tasks"
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}: {mend}") from error
-    except ValueError as error:  # ours, or Parquet's
-        fault = str(error)
-    raise ValueError(f"{path}: {fault[:250]}; mend the file or leave its task out of data.tasks")
+    except (OSError, EOFError, RecursionError, UnicodeDecodeError, zlib.error, csv.Error) as error:
+        fault = f"cannot be read: {first_line(error)}"
+    except ValueError as error:  # not JSON, ours, or Parquet's
+        fault = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+    raise ValueError(f"{path}: {fault}: mend the file or leave its task out of data.tasks")
 
 
 def column(rows: "datasets.Dataset", name: str) -> list:
     "A whole column at once, which is much faster than row by row."
     return rows[name][:]
 
-# %% ../nbs/09_data.ipynb #fba08ddd
+
 _OWN_ENDINGS = ("json", "json.gz", "jsonl", "jsonl.gz", "csv", "csv.gz", "parquet")
 
 
 def task_file(path: Path, task: str, split: str) -> Path | None:
-    "The file of a task's split, if there is one: JSON, and for own tasks also JSON Lines, CSV or Parquet."
+    "The file of a task's split, if there is one."
     endings = _OWN_ENDINGS[:2] if task in TASKS else _OWN_ENDINGS
     return next((file for end in endings if (file := path / task / f"{split}.{end}").is_file()), None)
 
 
-def find_file(
-    path: Path,  # folder with one folder a task
-    task: str,  # its name
-    split: str,  # "train" or "test"
-) -> Path:
+def find_file(path: Path, task: str, split: str) -> Path:
     "The file of a task's split, or a ValueError that says what there is instead."
     if file := task_file(path, task, split):
         return file
@@ -202,16 +192,14 @@ def find_file(
         fault = f"is one file, without {split} rows of its own: give a folder with one folder a task"
         raise ValueError(f"data.path={path} {fault}")
     if not path.is_dir():
-        hint = nearest(str(path), TOY_WORLDS).split("(there")[0].rstrip()
-        raise ValueError(f"data.path={path}: no such file or folder, and not one of {', '.join(TOY_WORLDS)}{hint}")
+        raise ValueError(f"data.path={path}: no such file or folder, and no toy world{nearest(str(path), TOY_WORLDS)}")
     kinds = f"{split}.json or {split}.json.gz" if task in TASKS else f"{split}.{', .'.join(_OWN_ENDINGS)}"
-    there = ", ".join(t for t in task_table() if task_file(path, t, split)) or "none"
+    there = ", ".join(sorted(t.name for t in path.iterdir() if task_file(path, t.name, split))) or "none"
     mend = f"put it there or leave {task} out (with {split} files here: {there})"
     raise ValueError(f"{path / task}: no {kinds}; {mend}" + f"; see {OWN_TASKS_PAGE}" * (task not in TASKS))
 
 # %% ../nbs/09_data.ipynb #c40662c5
 _INSEPARABLE = ("ARC-Easy", "ARC-Challenge", "openbookqa")  # have one form in a mixed file
-_MIXED = f"in one file the rows of {', '.join(_INSEPARABLE)}"
 
 
 def _task_of(instruction):
@@ -233,52 +221,50 @@ def _dataset(rows, where):
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in types}, datasets.Features(types))
 
 
-def _mixed_rows(path, tasks):
-    "The wanted tasks' rows of one mixed file; a ValueError if they cannot be told apart or are not there."
-    if 0 < len(wanted := {*_INSEPARABLE} & {*tasks}) < len(_INSEPARABLE):
-        mend = "name all three in data.tasks or none, or use a folder with one folder a task"
-        raise ValueError(f"{path}: {_MIXED} cannot be told apart: {mend}")
+def _mixed_rows(path, config):
+    "The wanted tasks' rows of one mixed file; a ValueError if they cannot be told apart."
+    wanted = {*_INSEPARABLE} & {*config.tasks}
+    if wanted and (len(wanted) < len(_INSEPARABLE) or config.prompt == "cloze"):
+        fault = f"in one file the rows of {', '.join(_INSEPARABLE)} cannot be told apart"
+        mend = "name all three in data.tasks or none (for cloze, none), or use a folder with one folder a task"
+        raise ValueError(f"{path}: {fault}: {mend}")
     rows = [row | {"task": _task_of(row["instruction"]), "row": i} for i, row in enumerate(read_file(path))]
-    own = [row["task"] for row in rows]
-    if None in own:
-        raise ValueError(f"{path}: row {own.index(None)}: field 'instruction' belongs to none of the eight tasks")
-    if lacking := ", ".join(t for t in tasks if t not in own and t not in wanted):
-        there = ", ".join(dict.fromkeys(own))
-        raise ValueError(f"{path}: no rows of {lacking}: leave them out of data.tasks (there are: {there})")
-    return _dataset([row for row in rows if row["task"] in tasks], path)
+    there = [row["task"] for row in rows]
+    if None in there:
+        raise ValueError(f"{path}: row {there.index(None)}: field 'instruction' belongs to none of the eight tasks")
+    return _dataset([row for row in rows if row["task"] in config.tasks], path)
 
-# %% ../nbs/09_data.ipynb #89b38e8c
+
 def read_task(
     path: str,  # folder of tasks, or a toy world
-    task: str,  # its name
+    task: str,  # its name; or an own `Task`, which else is looked up in the folder's tasks.yaml
     split: str,  # "train" or "test"
 ) -> "datasets.Dataset":  # instruction, input, output, answer, task, row (its number in the file)
     "All rows of one task; a ValueError names file, row and field of the first that is bad."
-    if task not in task_table():
-        register_tasks(_tasks_file(None, path))
-    find_task(task)
-    where: str | Path = f"{path}/{task}/{split}"
+    own = {} if isinstance(task, Task) or task in TASKS else _tasks_file(None, path)
+    task = find_task(task, task_table(own))
+    where = f"{path}/{task}/{split}"
     if str(path) in TOY_WORLDS:
         rows = toy_rows(path, task, split)
     else:
-        where = file = find_file(Path(path), task, split)
+        where = str(file := find_file(Path(path), task, split))
         rows = read_file(file, task)
     return _dataset([row | {"task": task, "row": i} for i, row in enumerate(rows)], where)
 
 
 def read_rows(
-    path: str,  # folder of tasks, one mixed file, or a toy world
-    tasks: list[str],  # one or more
+    config: DataConfig,  # path and tasks
     split: str = "train",  # "train" or "test"
-) -> "datasets.Dataset":  # the rows of all these tasks, with the columns of `read_task`
-    "All rows of some tasks; raises what `read_task` raises."
+) -> "datasets.Dataset":  # the rows of all its tasks, with the columns of `read_task`
+    "All rows of a recipe; raises what `read_task` raises."
     import datasets
 
+    path, table = data_path(config), config.table
     if Path(path).is_file() and split == "train":
-        return _mixed_rows(Path(path), tasks)
-    return datasets.concatenate_datasets([read_task(path, task, split) for task in tasks])
+        return _mixed_rows(Path(path), config)
+    return datasets.concatenate_datasets([read_task(path, table[task], split) for task in config.tasks])
 
-# %% ../nbs/09_data.ipynb #45676d2f
+# %% ../nbs/09_data.ipynb #c980b744
 PUBLISHED = {  # training rows of Commonsense-170K
     "boolq": 9427, "piqa": 16113, "social_i_qa": 33410, "hellaswag": 39905,
     "winogrande": 63238, "ARC-Easy": 2251, "ARC-Challenge": 1119, "openbookqa": 4957,
@@ -290,31 +276,30 @@ def plain(text: str) -> str:
     return " ".join(str(text).split()).casefold()
 
 
-def _tested(path, task):
+def _test_questions(path, task):
     "The plain questions of a task's test set; none where there is no test file."
-    if str(path) in TOY_WORLDS:
-        rows = toy_rows(path, task, "test")
-    else:
-        file = task_file(Path(path), task, "test") if path else None
-        rows = read_file(file, task) if file else []
-    return {plain(row["instruction"]) for row in rows}
+    there = path in TOY_WORLDS or task_file(Path(path), task, "test")
+    return {plain(text) for text in column(read_task(path, task, "test"), "instruction")} if there else set()
+
+
+def _published(path, task):
+    "The published number of a task's training rows; 0 where it is not known."
+    tasks = _INSEPARABLE if task == "openbookqa" and Path(path).is_file() else (task,)
+    return 0 if path in TOY_WORLDS else sum(PUBLISHED.get(t, 0) for t in tasks)
 
 
 def survey(
     rows: "datasets.Dataset",  # from `read_rows`
-    path: str | None = None,  # where they come from, to compare with published counts and test questions
+    config: DataConfig,  # that they were read by
 ) -> dict[str, dict[str, int]]:  # for each task: rows, published (0: not known), repeated, in_test
     "Count what the form of a file does not show."
-    published = {} if str(path) in TOY_WORLDS else dict(PUBLISHED)
-    if path and Path(path).is_file():
-        published["openbookqa"] = sum(PUBLISHED[task] for task in _INSEPARABLE)
-    table = rows.select_columns(["task", "instruction", "answer"]).to_pandas()
-    table["instruction"] = table["instruction"].map(plain)
-    counts = {}
-    for task, own in table.groupby("task", sort=False):
-        counts[task] = {"rows": len(own), "published": published.get(task, 0)}
-        counts[task]["repeated"] = int(own.duplicated().sum())
-        counts[task]["in_test"] = int(own["instruction"].isin(_tested(path, task)).sum())
+    path, table, counts = data_path(config), config.table, {}
+    frame = rows.select_columns(["task", "instruction", "answer"]).to_pandas()
+    frame["instruction"] = frame["instruction"].map(plain)
+    for task, own in frame.groupby("task", sort=False):
+        repeated, in_test = own.duplicated(), own["instruction"].isin(_test_questions(path, table[task]))
+        counts[task] = {"rows": len(own), "published": _published(path, task)}
+        counts[task] |= {"repeated": int(repeated.sum()), "in_test": int(in_test.sum())}
     return counts
 
 # %% ../nbs/09_data.ipynb #d09f71f8
@@ -350,12 +335,17 @@ def shorten_prompt(
         prompt = prompt[cut:]
 
 # %% ../nbs/09_data.ipynb #09bd7949
+def _status(length, config):
+    "What happens to a text of so many tokens, EOS aside; it has no room where the text is cut as published."
+    room = config.cutoff - (config.truncation != "published")
+    return "whole" if length <= room else {"prompt": "shortened", "skip": "skipped"}.get(config.truncation, "lost")
+
+
 def _encode_row(tokenized, texts, tokenizer, config):
     "Encode one row, (ids, spans) of its (prompt, answer)."
-    (ids, spans), (prompt, answer), status = tokenized, texts, "whole"
+    (ids, spans), (prompt, answer) = tokenized, texts
     own_eos = ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS themselves
-    if len(ids) - own_eos > config.cutoff - (config.truncation != "published"):
-        status = {"prompt": "shortened", "skip": "skipped", "published": "lost"}[config.truncation]
+    status = _status(len(ids) - own_eos, config)
     if status == "shortened":
         prompt = shorten_prompt(tokenizer, prompt, answer, config.cutoff - 1 + own_eos)
         ((ids, spans),) = _tokenize(tokenizer, [(prompt, answer)])
@@ -370,7 +360,9 @@ def encode(
     config: DataConfig,  # how to prompt and to cut
 ) -> dict[str, list]:  # input_ids; target_start, the index of the first target token; status; length in tokens
     "Encode a batch of rows with one call of the tokenizer, which is much faster than one for each."
-    register_tasks(config.own_tasks)  # this may be a new process
+    if "task" in rows:  # names; an own task brings its answer words along
+        table = config.table
+        rows = {**rows, "task": [table[name] for name in rows["task"]]}
     texts = [training_prompt(dict(zip(rows, values)), config.prompt) for values in zip(*rows.values())]
     coded = [_encode_row(t, text, tokenizer, config) for t, text in zip(_tokenize(tokenizer, texts), texts)]
     return {name: [row[name] for row in coded] for name in coded[0]}
@@ -405,25 +397,19 @@ class Collator:
             batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return batch
 
-# %% ../nbs/09_data.ipynb #0fd169c0
+
 def check_tokenizer(
     tokenizer,
     rows: int | None = None,  # of the base's embeddings, where the base is known
 ) -> None:
-    "A ValueError for a tokenizer without offsets, without EOS, or with tokens that the base has no embedding for."
-    name, fault = tokenizer.name_or_path, ""
-    if not tokenizer.is_fast:
-        fault = "is not a fast one (no tokenizer.json): it cannot say where an answer begins"
-    elif tokenizer.eos_token_id is None:
-        mend = "name one by eos_token in its tokenizer_config.json"
-        fault = f"has no EOS token, and a model trained with it never learns to stop: {mend}"
-    elif rows and (last := max(tokenizer.get_vocab().items(), key=lambda word: word[1]))[1] >= rows:
-        mend = f"save the base again after model.resize_token_embeddings({last[1] + 1}), or take the added tokens out"
-        fault = (
-            f"has {last[1] + 1} tokens (the last is {last[0]!r}), but its base has {rows} rows of embeddings: {mend}"
-        )
-    if fault:
-        raise ValueError(f"tokenizer '{name}' {fault}")
+    "A ValueError for a tokenizer without EOS, or with tokens that the base has no embedding for."
+    name, last = tokenizer.name_or_path, max(tokenizer.get_vocab().values()) if rows else 0
+    if tokenizer.eos_token_id is None:
+        fault = "has no EOS token, and a model trained with it never learns to stop"
+        raise ValueError(f"tokenizer '{name}' {fault}: name one by eos_token in its tokenizer_config.json")
+    if rows and last >= rows:
+        mend = f"save the base again after model.resize_token_embeddings({last + 1}), or take the added tokens out"
+        raise ValueError(f"tokenizer '{name}' has {last + 1} tokens, its base {rows} rows of embeddings: {mend}")
 
 
 def collator_for(tokenizer) -> Collator:
@@ -432,44 +418,20 @@ def collator_for(tokenizer) -> Collator:
     pad = tokenizer.pad_token_id
     return Collator(tokenizer.eos_token_id if pad is None else pad, tokenizer.padding_side)
 
-# %% ../nbs/09_data.ipynb #c62b2bd4
-def _cache_key(rows, tokenizer, config):
-    "A hash of everything that encoded rows depend on."
-    from datasets.fingerprint import Hasher
-
-    own: tuple = (encode, _encode_row, _tokenize, _answer_start, shorten_prompt, inspect.getmodule(training_prompt))
-    settings = (config.prompt, config.cutoff, config.truncation, config.train_on_inputs, config.own_tasks)
-    words = (tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
-    return Hasher.hash((rows._fingerprint, words, settings, [inspect.getsource(part) for part in own]))
-
-
-def encode_rows(
-    rows: "datasets.Dataset",  # from `read_rows`
-    config: DataConfig,  # the `data:` section of a recipe
-    tokenizer,  # a fast tokenizer
-) -> "datasets.Dataset":  # columns input_ids, target_start, status, length, task, row
-    "Encode all rows, in parallel and only once: the result is stored in the cache of `datasets` if that is possible."
-    import datasets
-    import pyarrow
-
-    key = _cache_key(rows, tokenizer, config)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    settings = {
-        "batched": True,
-        "remove_columns": [name for name in rows.column_names if name not in ("task", "row")],
-        "num_proc": n if (n := min(cores, len(rows) // 10_000)) > 1 else None,  # fewer are faster in this process
-        "new_fingerprint": key,
-        "desc": "tokenize",
-    }
-    encoder = partial(encode, tokenizer=tokenizer, config=config)
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "d2mora" / f"{key}.arrow"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return rows.map(encoder, cache_file_name=str(file), **settings)
-    except (OSError, pyarrow.ArrowInvalid):  # it cannot be written, or what is there cannot be read
-        return rows.map(encoder, keep_in_memory=True, **settings)
-
 # %% ../nbs/09_data.ipynb #7e4a17cc
+def _encode_rows(rows, config, tokenizer):
+    "Encode all rows, many of them in several processes: input_ids, target_start, status, length, task, row."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return rows.map(
+        partial(encode, tokenizer=tokenizer, config=config),
+        batched=True,
+        remove_columns=[name for name in rows.column_names if name not in ("task", "row")],
+        num_proc=n if (n := min(cores, len(rows) // 10_000)) > 1 else None,  # fewer are faster in this process
+        keep_in_memory=True,
+        desc="tokenize",
+    )
+
+
 @dataclass
 class Prepared:
     "What a run trains and validates on."
@@ -486,10 +448,10 @@ def _split(rows, config):
         return rows, {}
     if count >= total:
         raise ValueError(f"data.validation_rows={count} leaves nothing to train on: there are {total} rows")
-    order = np.random.default_rng(42).permutation(total)  # as `train_test_split` does, which would need the disk
-    held, tasks = order[:count], column(rows, "task")
-    own = {task: [i for i in held if tasks[i] == task] for task in dict.fromkeys(tasks)}
-    return rows.select(order[count:]), {task: rows.select(places) for task, places in own.items() if places}
+    parts = rows.train_test_split(count, seed=42, keep_in_memory=True)
+    held, tasks = parts["test"], column(parts["test"], "task")
+    own = {task: [i for i, t in enumerate(tasks) if t == task] for task in dict.fromkeys(column(rows, "task"))}
+    return parts["train"], {task: held.select(places) for task, places in own.items() if places}
 
 
 def _check_targets(rows, name, config):
@@ -499,6 +461,18 @@ def _check_targets(rows, name, config):
         raise ValueError(f"{fault}: raise it, or set data.truncation=prompt")
 
 
+def _count_and_skip(coded, counts, config):
+    "Add what the cutoff did to the counts, and leave out the rows that it skips."
+    statuses = column(coded, "status")
+    cut = Counter(zip(column(coded, "task"), statuses))
+    for task, count in counts.items():
+        count.update({status: cut[task, status] for status in ("shortened", "skipped", "lost")})
+    kept = coded.select([i for i, status in enumerate(statuses) if status != "skipped"])
+    if not len(kept):
+        raise ValueError(f"data.cutoff={config.cutoff} skips every row: raise it, or set data.truncation=prompt")
+    return kept.remove_columns("status")
+
+
 def prepare(
     rows: "datasets.Dataset",  # from `read_rows`
     config: DataConfig,  # the `data:` section of a recipe
@@ -506,23 +480,11 @@ def prepare(
 ) -> Prepared:
     "Encode, count and split the rows of a recipe; a ValueError if its settings leave nothing to train on."
     check_tokenizer(tokenizer)
-    if config.prompt == "cloze" and Path(config.path or "").is_file() and {*_INSEPARABLE} & {*column(rows, "task")}:
-        fault = "cannot be told apart, and their questions are put differently: use a folder with one folder a task"
-        raise ValueError(f"data.prompt=cloze: {_MIXED} {fault}")
-    coded, counts = encode_rows(rows, config, tokenizer), survey(rows, config.path)
-    statuses = column(coded, "status")
-    cut = Counter(zip(column(coded, "task"), statuses))
-    for task, count in counts.items():
-        count.update({status: cut[task, status] for status in ("shortened", "skipped", "lost")})
-    coded = coded.select([i for i, status in enumerate(statuses) if status != "skipped"])
-    if not len(coded):
-        raise ValueError(f"data.cutoff={config.cutoff} skips every row: raise it, or set data.truncation=prompt")
-    train, validation = _split(coded.remove_columns("status"), config)
-    for name, held in {
-        "training rows": train,
-        **{f"validation rows of {t}": own for t, own in validation.items()},
-    }.items():
-        _check_targets(held, name, config)
+    coded, counts = _encode_rows(rows, config, tokenizer), survey(rows, config)
+    train, validation = _split(_count_and_skip(coded, counts, config), config)
+    _check_targets(train, "training rows", config)
+    for task, held in validation.items():
+        _check_targets(held, f"validation rows of {task}", config)
     if config.sampling == "packed":
         train = train.add_column("packed", [True] * len(train))
     return Prepared(train, validation, counts)
@@ -559,15 +521,12 @@ def check_packing(
     "A ValueError for a model that lets packed rows see each other."
     ids = torch.arange(3, 11, device=model.device) % model.get_input_embeddings().weight.shape[0]
     joined, apart = torch.arange(8, device=model.device), torch.arange(4, device=model.device).repeat(2)
-
-    def last_logits(ids, positions):
-        out = model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-        return out.logits[0, -4:].float()
-
     with evaluating(model), torch.no_grad():
-        alone = last_logits(ids[4:], apart[4:])
-        leak, packed = ((last_logits(ids, positions) - alone).abs().max() for positions in (joined, apart))
-    if packed > 0.1 * leak:
+        alone, leaking, packed = (
+            model(input_ids=i[None], position_ids=positions[None], use_cache=False).logits[0, -4:].float()
+            for i, positions in ((ids[4:], apart[4:]), (ids, joined), (ids, apart))
+        )
+    if (packed - alone).abs().max() > 0.1 * (leaking - alone).abs().max():
         kind = f"a {type(model).__name__} on {model.config._attn_implementation} attention"
         raise ValueError(f"data.sampling=packed: {kind} lets packed rows see each other: set data.sampling=random")
 
@@ -596,28 +555,18 @@ def sampling_arguments(config: DataConfig) -> dict:
     return {"train_sampling_strategy": "group_by_length"} if config.sampling == "by-length" else {}
 
 
-def epoch_batches(
+def batch_tokens(
     lengths: list[int],  # tokens of each row
     sampling: str,  # random, packed or by-length
     batch_size: int,  # rows
     seed: int = 0,  # of the order
-) -> list[list[int]]:  # the rows of each batch
-    "The batches of one epoch."
+) -> list[int]:  # of each batch of one epoch
+    "The tokens that the model computes for each batch, padding included."
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     if sampling == "by-length":
         order = list(ByLength(lengths, batch_size, seed))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def computed_tokens(
-    lengths: list[int],  # tokens of each row
-    batches: list[list[int]],  # the rows of each batch
-    sampling: str,  # random, packed or by-length
-) -> int:  # tokens that the model computes, padding included
-    "The tokens of one pass over these batches."
-    if sampling == "packed":
-        return sum(lengths[i] for batch in batches for i in batch)
-    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    batches = [[lengths[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+    return [sum(own) if sampling == "packed" else len(own) * max(own) for own in batches]
 
 # %% ../nbs/09_data.ipynb #1c76cfb9
 def logits_at_targets(

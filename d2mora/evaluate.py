@@ -37,7 +37,6 @@ from .recipe import embeddings, load_base, load_recipe, load_tokenizer, max_posi
 from .scoring import NEW_TOKENS, PROTOCOLS, generation_settings, grade_batches, grading_order
 from .scoring import out_of_memory, row_hash, write
 from .tasks import PROMPT_STYLES, TASKS, checked_name, evaluating, evaluation_prompt, find_task, row_answers
-from .tasks import task_table
 from .toy import TOY_WORLDS
 from .train import validation_losses, write_card
 from .tuner import mixture, watch_layers
@@ -129,10 +128,11 @@ def write_disagreements(
     "Write into each folder after the first the rows that it answers otherwise than the first, with their instructions."
     first, written = Path(folders[0]), []
     for folder in map(Path, folders[1:]):
-        if (folder / "recipe.yaml").is_file():
-            load_recipe(folder / "recipe.yaml")  # enters its own tasks into the table
+        recipe = folder / "recipe.yaml"
+        table = load_recipe(recipe).data.table if recipe.is_file() else TASKS
         info = read_json(folder / f"evaluation-{protocol}.json", "data", "tasks")
-        texts = {row_hash(r, t): r["instruction"] for t in info["tasks"] for r in read_task(info["data"], t, "test")}
+        tasks = [table.get(task, task) for task in info["tasks"]]
+        texts = {row_hash(r, t): r["instruction"] for t in tasks for r in read_task(info["data"], t, "test")}
         lines = [
             {k: g[k] for k in ("task", "row", "hash", "answer")}
             | {"a": g["predicted"], "b": h["predicted"], "instruction": texts.get(g["hash"])}
@@ -407,27 +407,26 @@ def on_device(model):
 
 # %% ../nbs/11_evaluation.ipynb #f218179b
 def tasks_to_grade(
-    path: str,  # folder of tasks, or a toy world
+    data: DataConfig,  # where the rows are, and own tasks
     wanted: Iterable[str] | None,  # tasks asked for; None: all that have test rows
-) -> list[str]:
+) -> list[str]:  # as `Task`, which brings its answer words along
     "The tasks to grade; a ValueError for a name that is no task."
+    path, table = data_path(data), data.table
     if wanted:
-        return [task for task in dict.fromkeys(wanted) if find_task(task)]
-    if str(path) in TOY_WORLDS:
-        return list(TASKS)
-    there = [task for task in task_table() if task_file(Path(path), task, "test")]
+        return [find_task(task, table) for task in dict.fromkeys(wanted)]
+    there: list[str] = [task for task in table.values() if path in TOY_WORLDS or task_file(Path(path), task, "test")]
     if not there:
         find_file(Path(path), "boolq", "test")  # raises an error that says what is missing
     return there
 
 
 def own_tasks(
-    path: str,  # folder of tasks, or a toy world
+    data: DataConfig,  # where the rows are, and own tasks
     trained: list[str] | None,  # tasks that a run was trained on; None: not known
     told: bool = False,  # whether to name on stderr what is left out
 ) -> list[str]:  # those of them that have test rows; all tasks with test rows if there are none, or none are known
     "The tasks to grade where none are asked for."
-    there = tasks_to_grade(path, None)
+    there = tasks_to_grade(data, None)
     own = [task for task in there if task in (trained or there)] or there
     left = ", ".join(task for task in there if task not in own)
     if left and told:
@@ -436,9 +435,10 @@ def own_tasks(
     return own
 
 
-def test_rows(path: str, tasks: Iterable[str] | None, limit: int | None) -> dict[str, list[dict]]:
+def test_rows(data: DataConfig, tasks: Iterable[str] | None, limit: int | None) -> dict[str, list[dict]]:
     "The rows to grade, by task; a ValueError if a task has none."
-    rows = {task: read_task(path, task, "test").to_list()[:limit] for task in tasks_to_grade(path, tasks)}
+    path = data_path(data)
+    rows = {task: read_task(path, task, "test").to_list()[:limit] for task in tasks_to_grade(data, tasks)}
     empty = [task for task in rows if not rows[task]]
     if empty:
         raise ValueError(f"{path}: no test rows for {empty[0]}")
@@ -607,8 +607,10 @@ def evaluate(
     _check_request(protocol, limit, batch_size, prompt)
     rank, processes = share = join()
     model, tokenizer, config = load_target(target, base)
-    path = data_path(DataConfig(path=data) if data or not config else config)
-    rows = test_rows(path, tasks or own_tasks(path, config and config.tasks, rank == 0), limit)
+    known = config.own_tasks if config else {}
+    source = DataConfig(path=data, own_tasks=known) if data or not config else config
+    path = data_path(source)
+    rows = test_rows(source, tasks or own_tasks(source, config and config.tasks, rank == 0), limit)
     settings = settings_of(model, tokenizer, protocol, _prompt_style(protocol, prompt, config and config.prompt))
     place = output or target
     folder = Path(place) if place else None

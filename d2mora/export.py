@@ -44,7 +44,7 @@ def encoded_rows(
     count: int,  # how many, drawn with a fixed seed; all if there are fewer
 ) -> list[dict]:  # rows with input_ids and target_start
     "Encode some rows of a task as in training."
-    rows = read_task(data_path(config), task, split)
+    rows = read_task(data_path(config), config.table[task], split)
     rows = rows.shuffle(seed=0).select(range(min(count, len(rows))))
     columns = encode({name: rows[name][:] for name in rows.column_names}, tokenizer, config)
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -378,7 +378,7 @@ def _export_one(model, tokenizer, config, settings: ExportSettings, base: str, t
     form = settings.form or [*forms][-1]
     _write_static(forms[form], tokenizer, folder, base, settings.merge)
     forms[form] = _read_static(model, folder, base)
-    rows, texts = test_rows(data_path(config), tasks, settings.limit), encoded("test", settings.limit)
+    rows, texts = test_rows(config, tasks, settings.limit), encoded("test", settings.limit)
     found = {"costs": measure(model, forms, tokenizer, rows, texts, config.prompt), "taken": form, "rank": rank}
     _write_card(folder, base, found, settings.merge)
     return found
@@ -391,7 +391,7 @@ def _loaded(target, base: str | None, data: str | None, tasks: list[str] | None,
     path = data_path(replace(config, path=data or config.path))
     config = replace(config, path=path, cutoff=min(config.cutoff, max_positions(model) or config.cutoff))
     for task in (tasks := list(dict.fromkeys(tasks or config.tasks))):
-        find_task(task)
+        find_task(task, config.table)
     _check_rank(model.peft_config["default"], settings.rank)
     if settings.learning_rate is None and (recipe := Path(target) / "recipe.yaml").is_file():
         settings = replace(settings, learning_rate=load_recipe(recipe).training.get("learning_rate"))

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .data import DataConfig, Prepared, column, computed_tokens, counts_table, data_path, epoch_batches, home
+from .data import DataConfig, Prepared, batch_tokens, column, counts_table, home
 from .data import prepare, read_rows
 from .recipe import Recipe, bare_model, base_folder, base_shape, check_cutoff, load_tokenizer, precision
 from .train import read_metrics, train
@@ -154,13 +154,12 @@ def _epoch_load(
 ) -> Load:
     "Count the tokens of an epoch and the shapes of its micro-batches."
     lengths, packed = column(ready.train, "length"), config.sampling == "packed"
-    batches = epoch_batches(lengths, config.sampling, batch_size)
-    wide = [computed_tokens(lengths, [batch], config.sampling) for batch in batches]
+    wide = batch_tokens(lengths, config.sampling, batch_size)
     sequences = 1 if packed else min(batch_size, len(lengths))
     typical, largest = ((sequences, math.ceil(n / sequences)) for n in (sum(wide) / len(wide), max(wide)))
     targets = max(n - start for n, start in zip(lengths, column(ready.train, "target_start")))
     targets = min(targets * (batch_size if packed else 1), largest[1])
-    return Load(len(lengths), sum(lengths), sum(wide), len(batches), typical, largest, targets)
+    return Load(len(lengths), sum(lengths), sum(wide), len(wide), typical, largest, targets)
 
 
 def _run_length(training: dict, batches: int) -> tuple[int, int, int]:
@@ -209,7 +208,7 @@ def plan_memory(
 def _validation_tokens(ready: Prepared, rows: int) -> int:
     "Tokens that one pass over the validation rows computes."
     found = (column(own, "length") for own in ready.validation.values())
-    return sum(computed_tokens(n, epoch_batches(n, "random", rows), "random") for n in found)
+    return sum(sum(batch_tokens(n, "random", rows)) for n in found)
 
 
 def plan(
@@ -372,7 +371,7 @@ def dry_run(
     embeddings = None if tokenizer else shape.get_text_config().vocab_size
     loaded = load_tokenizer(name, "give another in its place by --tokenizer FOLDER", embeddings)
     approximate = f", standing in for that of {recipe.base}: token counts are approximate" if tokenizer else ""
-    ready = prepare(read_rows(data_path(recipe.data), recipe.data.tasks), recipe.data, loaded)
+    ready = prepare(read_rows(recipe.data), recipe.data, loaded)
     table = _plan_table(plan(recipe, ready), recipe, chosen)
     losses = ", ".join(f"{loss:.3f}" for loss in _two_steps(recipe, loaded))
     return (

@@ -34,7 +34,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import safe_globals
 
-from .data import FIELDS, ByLength, check_packing, collator_for, counts_table, data_path, logits_at_targets
+from .data import FIELDS, ByLength, check_packing, collator_for, counts_table, logits_at_targets
 from .data import Prepared, prepare, read_rows, sampling_arguments
 from .orthogonality import active_experts, attach_orthogonality, expert_layers, similarity, whole
 from .recipe import Recipe, adapted_base, load_recipe, read_recipe
@@ -535,7 +535,7 @@ def train(
     output = Path(output)
     _check_output(output, recipe, resume)
     with locked(output) if main_process() else nullcontext():
-        rows = read_rows(data_path(recipe.data), recipe.data.tasks)
+        rows = read_rows(recipe.data)
         _check_data(output, fingerprint := _fingerprint(rows))
         if (output / "adapter").exists():
             print(f"{output.name}: this run is finished", file=sys.stderr)

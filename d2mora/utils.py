@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNTRUSTED', 'LOCK', 'MAPS', 'METHOD_STYLES', 'CHANCE', 'check_number', 'nearest', 'first_line', 'read_tensors',
-           'read_yaml', 'check_words', 'read_json', 'read_lines', 'remove', 'writing', 'whole_file', 'write_text',
-           'publish', 'main_process', 'locked', 'canvas', 'shades', 'ink', 'expert_names', 'headline', 'heat',
-           'save_picture']
+           'read_yaml', 'check_words', 'read_json', 'read_lines', 'remove', 'writing', 'write_text', 'publish',
+           'main_process', 'locked', 'canvas', 'expert_names', 'headline', 'heat', 'save_picture']
 
 # %% ../nbs/e_robustness.ipynb #df3c61b5
 import filelock
@@ -150,10 +149,8 @@ def read_lines(
     return [read_json(path, *keys, line=line) for line in enumerate(lines, 1)]
 
 # %% ../nbs/e_robustness.ipynb #b68dd001
-def remove(
-    path: Path,  # a file or a folder
-) -> None:
-    "Delete what is there, if that is allowed."
+def remove(path: Path) -> None:
+    "Delete a file or folder, if it is there and that is allowed."
     shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink()
@@ -180,22 +177,17 @@ def writing(
 
 
 @contextmanager
-def whole_file(
-    path: Path,  # the file
-) -> Iterator[Path]:  # where to write it, with the same ending
-    "Write a file so that it is complete or as before."
+def _whole_file(path):
+    "Give the path to write a file to, so that it is complete or as before."
     aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
     with writing(path, aside):
         yield aside
         os.replace(aside, path)
 
 
-def write_text(
-    path: Path,  # the file
-    text: str,  # its content
-) -> None:
-    "Write a text so that it is complete or as before."
-    with whole_file(path) as aside:
+def write_text(path: Path, text: str) -> None:
+    "Write a text file so that it is complete or as before."
+    with _whole_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 # %% ../nbs/e_robustness.ipynb #30da4d3b
@@ -246,7 +238,7 @@ def locked(
         with suppress(OSError):
             folder.rmdir()  # succeeds only if it is empty
 
-# %% ../nbs/e_robustness.ipynb #b1e7688e
+# %% ../nbs/e_robustness.ipynb #6183b7f6
 _MEANING = ("down", "up", "router", "loss", "first", "second", "text", "frozen")  # of the eight colours of our style
 MAPS = {"down": "Blues", "up": "Oranges", "router": "Greens", "loss": "Purples", "change": "PuOr"}  # colour maps
 METHOD_STYLES = {  # colour by meaning, marker, line
@@ -278,22 +270,8 @@ def canvas(
         yield figure, figure.subplots(rows, columns, squeeze=False, **grid), colors
 
 
-def shades(
-    color,  # any colour of matplotlib
-    count: int,  # how many
-) -> list[tuple[float, float, float]]:  # light to dark
-    "Shades of one colour."
-    from matplotlib.colors import LinearSegmentedColormap, to_rgb
-
-    base = np.array(to_rgb(color))
-    ramp = LinearSegmentedColormap.from_list("shades", [0.25 * base + 0.75, base, 0.35 * base])
-    return [ramp(place)[:3] for place in (np.linspace(0, 1, count) if count > 1 else [0.5])]
-
-
-def ink(
-    color,  # of the ground
-) -> str:  # black or white
-    "The colour of text that can be read upon a colour."
+def _ink(color):
+    "The colour of text that can be read upon a colour: black or white."
     from matplotlib.colors import to_rgb
 
     return "black" if np.dot([0.2126, 0.7152, 0.0722], np.power(to_rgb(color), 2.2)) > 0.179 else "white"
@@ -327,7 +305,7 @@ def heat(
     image = ax.imshow(values, cmap=cmap, vmin=low, vmax=top, aspect="auto")
     for (i, j), value in np.ndenumerate(np.asarray(values, float)):
         if form and not np.isnan(value):
-            color = ink(image.cmap(image.norm(value))[:3])
+            color = _ink(image.cmap(image.norm(value))[:3])
             ax.text(j, i, form(value), ha="center", va="center", size=7, color=color)
     ax.grid(False)
     return image
@@ -348,8 +326,8 @@ def save_picture(
     for ax in figure.axes:  # rounded: the last digit of the layout's solver would change names in the SVG
         ax.set_position(np.round(ax.get_position(original=True).bounds, 6))
     about = {"Description": figure.get_label()}
-    with plt.rc_context({"svg.hashsalt": name}), whole_file(folder / f"{name}.svg") as aside:
+    with plt.rc_context({"svg.hashsalt": name}), _whole_file(folder / f"{name}.svg") as aside:
         figure.savefig(aside, metadata=about | {"Date": None})
-    with whole_file(folder / f"{name}.png") as aside:
+    with _whole_file(folder / f"{name}.png") as aside:
         figure.savefig(aside, dpi=110, metadata=about)
     return folder / f"{name}.png"

@@ -1,29 +1,27 @@
-"""From files to target tokens: real rows and tokenizers, packing, order, counts and the cache."""
+"""From files to target tokens: real rows and tokenizers, own tasks, packing, order and counts."""
 
 import functools
 import gzip
 import json
+import pickle
 
-import datasets
 import pytest
 import torch
 import transformers
 from transformers import AutoTokenizer
 
-import d2mora.data
 from d2mora.data import (
     PUBLISHED,
     ByLength,
     Collator,
     DataConfig,
+    batch_tokens,
     check_packing,
+    check_tokenizer,
     collator_for,
-    computed_tokens,
     counts_table,
     encode,
-    epoch_batches,
     logits_at_targets,
-    pack,
     prepare,
     read_rows,
     read_task,
@@ -31,7 +29,8 @@ from d2mora.data import (
     shorten_prompt,
     survey,
 )
-from d2mora.tasks import TASKS, training_prompt
+from d2mora.evaluate import test_rows as rows_to_grade
+from d2mora.tasks import TASKS, parse_answer, training_prompt
 from d2mora.toy import toy_base, toy_rows
 
 SEVEN = [task for task in TASKS if task != "hellaswag"]  # whose training rows are in the shared data
@@ -47,10 +46,9 @@ def folder_of(path, rows, split="train", task="boolq"):
     return str(path)
 
 
-def prepared(rows=None, path="toy", tasks=("boolq",), **settings):
-    config = DataConfig(path=path, tasks=list(tasks), **settings)
-    rows = read_rows(path, config.tasks) if rows is None else rows
-    return prepare(rows, config, AutoTokenizer.from_pretrained(toy_base()))
+def prepared(path="toy", tasks=("boolq",), **settings):
+    config = DataConfig(path, list(tasks), **settings)
+    return prepare(read_rows(config), config, AutoTokenizer.from_pretrained(toy_base()))
 
 
 # --- target tokens
@@ -103,15 +101,14 @@ def test_target_tokens_are_those_of_the_obvious_loop(shared, name, style):
 
 def test_shortening_keeps_the_answer_and_the_prompts_end(shared):
     tokenizer = tokenizer_of("stories", shared)
-    long = [row for row in read_task(str(shared / "data"), "hellaswag", "test").to_list()[8000:8100]]
-    long = [row for row in long if len(row["instruction"]) > 1000][:20]
+    rows = read_task(str(shared / "data"), "hellaswag", "test").to_list()[8000:8100]
+    long = [row for row in rows if len(row["instruction"]) > 1000][:20]
     coded = encode(columns(long), tokenizer, DataConfig(cutoff=256))
     assert set(coded["status"]) == {"shortened"} and max(coded["length"]) <= 256
-    for row, ids, start in zip(long, coded["input_ids"], coded["target_start"]):
-        assert tokenizer.decode(ids[start:], skip_special_tokens=True).strip() == row["output"]
+    for row, ids in zip(long, coded["input_ids"]):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert text.strip().endswith("Answer format: ending1/ending2/ending3/ending4\n\n" + row["output"])
-    for prompt in ("🦙" * 50, "x" * 500, "\n" * 300, " " * 300):
+    for prompt in ("🦙" * 50, "\n" * 300, " " * 300):
         short = shorten_prompt(tokenizer, prompt, "the correct answer is true", 31)
         assert prompt.endswith(short) and len(tokenizer(short + "the correct answer is true").input_ids) <= 31
 
@@ -148,20 +145,29 @@ def test_status_and_tokens_at_every_cutoff(truncation, cut, own):
     assert encoded(train_on_inputs=True)["target_start"] == 0
 
 
+def test_tokenizers_that_cannot_be_used_are_refused():
+    tokenizer = AutoTokenizer.from_pretrained(toy_base())
+    check_tokenizer(tokenizer, len(tokenizer))
+    with pytest.raises(ValueError, match="resize_token_embeddings"):
+        check_tokenizer(tokenizer, len(tokenizer) - 1)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no EOS"):
+        collator_for(tokenizer)
+
+
 # --- files and counts
 
 
 def test_all_real_rows_pass_the_check_and_are_counted(shared):
-    path = str(shared / "data")
-    assert sum(len(read_task(path, task, "test")) for task in TASKS) == 22_419
-    rows = read_rows(path, SEVEN)
-    counts = survey(rows, path)
+    config = DataConfig(str(shared / "data"), SEVEN)
+    rows = read_rows(config)
+    counts = survey(rows, config)
     same = {t: n for t, n in PUBLISHED.items() if t not in ("winogrande", "hellaswag")}
     assert {t: c["rows"] for t, c in counts.items() if t != "winogrande"} == same and len(rows) == 107_675
     assert counts["winogrande"] == {"rows": 40398, "published": 63238, "repeated": 2, "in_test": 0}
     with pytest.raises(ValueError, match="data.cutoff"):  # also from one of several processes
         few = rows.filter(lambda task: task == "winogrande", input_columns="task").select(range(20_000))
-        prepare(few, DataConfig(tasks=["winogrande"], cutoff=9), tokenizer_of("mistral", shared))
+        prepare(few, DataConfig(config.path, ["winogrande"], cutoff=9), tokenizer_of("mistral", shared))
 
 
 def test_plain_and_gzipped_files_and_the_mixed_file_give_the_same_rows(tmp_path):
@@ -172,47 +178,49 @@ def test_plain_and_gzipped_files_and_the_mixed_file_give_the_same_rows(tmp_path)
         (tmp_path / "zipped" / task / "train.json.gz").write_bytes(gzip.compress(json.dumps(rows[task]).encode()))
     mixed = tmp_path / "commonsense_170k.json"
     mixed.write_text(json.dumps(rows["hellaswag"] + rows["boolq"]))
-    plain, zipped, one = (read_rows(str(tmp_path / name), list(rows)).to_list() for name in ("plain", "zipped", mixed))
+    configs = [DataConfig(str(tmp_path / name), list(rows)) for name in ("plain", "zipped", mixed)]
+    plain, zipped, one = (read_rows(config).to_list() for config in configs)
     assert plain == zipped and [row["row"] for row in one] == list(range(10))
     assert sorted(map(repr, [r | {"row": 0} for r in plain])) == sorted(map(repr, [r | {"row": 0} for r in one]))
-    assert set(read_rows(str(mixed), ["boolq"])["task"]) == {"boolq"}
+    assert set(read_rows(DataConfig(str(mixed), ["boolq"]))["task"]) == {"boolq"}
     mixed.write_text(json.dumps([toy_rows("toy", task, "train", 4)[0] for task in TASKS]))
-    count = survey(read_rows(str(mixed), list(TASKS)), str(mixed))["openbookqa"]
+    count = survey(read_rows(DataConfig(str(mixed))), DataConfig(str(mixed)))["openbookqa"]
     assert count == {"rows": 3, "published": 8327, "repeated": 0, "in_test": 0}
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: DataConfig(tasks=["boolq", "boolq"]), "twice"),
-        (lambda: DataConfig(cutoff=0), "cutoff=0"),
-        (lambda: DataConfig(validation_rows=-1), "validation_rows=-1"),
-        (lambda: read_rows("toy-hrad", ["piqa"]), "toy-hard"),
-        (lambda: read_rows("toy", ["bolq"]), "'boolq'"),
-        (lambda: prepared(validation_rows=10**6), "validation_rows=1000000 leaves nothing"),
-        (lambda: prepared(cutoff=3, truncation="skip"), "skips every row"),
-        (lambda: prepared(cutoff=3, truncation="published"), "takes the whole answer from all training rows"),
-    ],
-)
-def test_settings_that_cannot_work_are_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_two_recipes_may_name_their_own_tasks_alike(tmp_path):
+    "Nothing is known of own tasks but what a configuration carries: the second one changes nothing for the first."
+    told = {"first": ["happy", "sad"], "second": ["sad", "tired", "so so"]}
+    configs = {}
+    for name, words in told.items():
+        for split in ("train", "test"):
+            rows = [{"instruction": f"{split} {i}: how is it?", "answer": word} for i, word in enumerate(words)]
+            folder = folder_of(tmp_path / name, rows, split, "mood")
+        configs[name] = DataConfig(folder, own_tasks={"mood": {"answers": words}})
+    for name, config in configs.items():
+        assert read_rows(config)["answer"][:] == told[name] == read_rows(config, "test")["answer"][:]
+        ((task, rows),) = rows_to_grade(config, None, None).items()
+        assert task == "mood" and [parse_answer(row["output"], task) for row in rows] == told[name]
+        assert pickle.loads(pickle.dumps(task)).answers == task.answers == tuple(told[name])
+        ready = prepare(read_rows(config), config, trained_tokenizer(None))
+        assert ready.counts["mood"]["rows"] == len(told[name])
+    with pytest.raises(ValueError, match="unknown task 'mood'"):
+        read_task(configs["first"].path, "mood", "train")
 
 
 def test_repeated_rows_questions_of_the_test_set_and_truncation_are_reported(tmp_path):
     rows, tested = toy_rows("toy", "boolq", "train", 20), toy_rows("toy", "boolq", "test", 5)
-    copied = rows[5] | {"instruction": rows[5]["instruction"].replace(" ", "  ").upper()}
+    copied = rows[5] | {"instruction": rows[5]["instruction"].replace(" ", "  ").replace("question", "QUESTION")}
     folder_of(tmp_path, [copied, *tested], "test")
-    counts = prepared(path=folder_of(tmp_path, rows + rows[:3])).counts
+    counts = prepared(folder_of(tmp_path, rows + rows[:3])).counts
     cut = {"shortened": 0, "skipped": 0, "lost": 0}
     assert counts["boolq"] == {"rows": 23, "published": 9427, "repeated": 3, "in_test": 1} | cut
     table = counts_table(counts, DataConfig())
     assert "in test set" in table and "9427" in table and "skipped" not in table
-    settings = dict(tasks=("boolq", "piqa"), cutoff=34)
-    counts = prepared(**settings, truncation="published").counts
+    counts = prepared(tasks=("boolq", "piqa"), cutoff=34, truncation="published").counts
     assert counts["boolq"]["lost"] > 0 == counts["piqa"]["lost"]
-    assert "as published" in counts_table(counts, DataConfig(cutoff=34, truncation="published"))
-    assert prepared(**settings).counts["boolq"]["shortened"] > 0
+    with pytest.raises(ValueError, match="takes the whole answer from all training rows"):
+        prepared(cutoff=3, truncation="published")
 
 
 def test_validation_rows_are_never_trained_on_and_always_the_same():
@@ -224,35 +232,6 @@ def test_validation_rows_are_never_trained_on_and_always_the_same():
     batch = Collator(0)(rows)  # only training rows are packed
     assert batch["input_ids"].shape == (1, sum(row["length"] for row in rows)) and "attention_mask" not in batch
     assert Collator(0)(ready[0].validation["boolq"].to_list()[:4])["input_ids"].shape[0] == 4
-
-
-def test_tokens_are_stored_by_content_and_settings(tmp_path, monkeypatch):
-    calls, real = [], d2mora.data._encode_row
-    monkeypatch.setattr(d2mora.data, "_encode_row", lambda *args: calls.append(1) or real(*args))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = toy_rows("toy", "boolq", "train", 30)
-
-    def encoded(rows, **settings):
-        calls.clear()
-        return prepared(path=folder_of(tmp_path / "one", rows), **settings).train["input_ids"][:], len(calls)
-
-    first, count = encoded(rows)
-    assert count == 30 and encoded(rows, sampling="packed", validation_rows=3)[1] == 0
-    for settings in ({"cutoff": 500}, {"prompt": "official"}, {"truncation": "skip"}, {"train_on_inputs": True}):
-        assert encoded(rows, **settings)[1] == 30
-    assert encoded(rows) == (first, 0)
-    changed, count = encoded(rows[::-1])
-    assert count > 0 and changed == first[::-1]
-
-
-def test_tokenizers_that_cannot_be_used_are_refused():
-    tokenizer = AutoTokenizer.from_pretrained(toy_base())
-    d2mora.data.check_tokenizer(tokenizer, len(tokenizer))
-    with pytest.raises(ValueError, match="resize_token_embeddings"):
-        d2mora.data.check_tokenizer(tokenizer, len(tokenizer) - 1)
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no EOS"):
-        collator_for(tokenizer)
 
 
 # --- packing
@@ -281,17 +260,6 @@ def some_rows(targets=4, **more):
     return [{"input_ids": i.tolist(), "target_start": max(0, len(i) - targets), **more} for i in ids]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_packed_logits_are_those_of_each_row_alone(name):
-    batch = pack(some_rows())
-    with torch.no_grad():
-        packed = model(name)(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
-        alone = torch.cat([model(name)(torch.tensor([row["input_ids"]])).logits[0] for row in some_rows()])
-        leaking = model(name)(batch["input_ids"], use_cache=False).logits[0]
-    assert (packed - alone).abs().max() < 1e-5 < 1e-2 < (leaking - alone).abs().max()
-    check_packing(model(name))
-
-
 @pytest.mark.parametrize("targets", [4, 99])
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_padded_and_narrow_batches_have_the_loss_and_gradient_of_the_loop(name, targets):
@@ -314,6 +282,7 @@ def test_packed_padded_and_narrow_batches_have_the_loss_and_gradient_of_the_loop
     for other, (l2, g2, size) in results.items():
         assert l2 == pytest.approx(loss, rel=1e-5) and (g2 - gradient).norm() < 1e-4 * gradient.norm(), other
         assert size == sum(counts) * 90 or not (other[1] and NARROWS)
+    check_packing(model(name))
 
 
 def test_narrow_logits_leave_other_calls_alone():
@@ -321,57 +290,37 @@ def test_narrow_logits_leave_other_calls_alone():
     handle = logits_at_targets(llama)
     own = dict(logits_to_keep=1, shift_labels=ids[:, -1:])
     assert llama(ids).logits.shape == (1, 3, 90) and llama(input_ids=ids, labels=ids, **own).logits.shape == (1, 1, 90)
-    assert llama(input_ids=ids, labels=ids).logits.shape == ((2, 90) if NARROWS else (1, 3, 90))
     handle.remove()
-    assert llama(input_ids=ids, labels=ids).logits.shape == (1, 3, 90)
 
 
 # --- order
 
 
 def test_by_length_is_another_order_each_epoch_and_the_same_for_a_resumed_run():
-    lengths, orders = torch.randint(5, 60, (200,)).tolist(), []
-    sampler = ByLength(lengths, 8, seed=3)
-    for epoch in range(3):
+    lengths = torch.randint(5, 60, (200,)).tolist()
+
+    def order(epoch, seed=3):
+        sampler = ByLength(lengths, 8, seed)
         sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert all(sorted(order) == list(range(200)) for order in orders) and orders[0] != orders[1] != orders[2]
-    resumed = ByLength(lengths, 8, seed=3)
-    resumed.set_epoch(2)
-    assert list(resumed) == orders[2] and list(ByLength(lengths, 8, seed=4)) != orders[0]
-    assert sampling_arguments(DataConfig(sampling="by-length")) == {"train_sampling_strategy": "group_by_length"}
-    assert sampling_arguments(DataConfig(sampling="packed")) == sampling_arguments(DataConfig()) == {}
+        return list(sampler)
+
+    assert sorted(order(0)) == sorted(order(2)) == list(range(200)) and order(0) != order(2) == order(2) != order(2, 4)
+    arguments = [sampling_arguments(DataConfig(sampling=way)) for way in ("by-length", "packed", "random")]
+    assert arguments == [{"train_sampling_strategy": "group_by_length"}, {}, {}]
+    costs = {way: sum(batch_tokens(lengths, way, 4)) for way in ("random", "packed", "by-length")}
+    assert costs["packed"] == sum(lengths) < costs["by-length"] < costs["random"]
 
 
-def test_packed_batches_compute_the_fewest_tokens():
-    lengths, costs = [10, 50] * 100, {}
-    for sampling in ("random", "packed", "by-length"):
-        batches = epoch_batches(lengths, sampling, 4, seed=1)
-        assert sorted(i for batch in batches for i in batch) == list(range(200))
-        costs[sampling] = computed_tokens(lengths, batches, sampling)
-    assert costs["packed"] == sum(lengths) < costs["by-length"] * 1.01 < costs["random"]
-
-
-def short_run(sampling, folder):
-    "Losses and weights of three steps."
-    from safetensors.torch import load_file
-
+def test_a_run_learns_from_packed_rows_as_from_padded_ones(tmp_path):
     from d2mora.recipe import load_recipe
     from d2mora.train import train
 
-    keys = {"gradient_accumulation_steps": 2, "logging_steps": 1, "warmup_steps": 0, "max_steps": 3}
-    keys = {f"training.{key}": n for key, n in keys.items()} | {"training.per_device_train_batch_size": 4}
-    keys |= {"data.sampling": sampling, "data.tasks": ["boolq"], "adapter.target_modules": ["q_proj"]}
-    run = train(load_recipe("demo", keys), folder / sampling)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    weights = load_file(run / "adapter/adapter_model.safetensors")
-    flat = torch.cat([weights[key].flatten() for key in sorted(weights)])
-    return [line["loss"] for line in lines if "loss" in line], flat
-
-
-def test_a_run_learns_from_each_sampling_and_packed_as_from_padded(tmp_path):
-    expected, others = short_run("random", tmp_path)
-    for sampling in ("packed", "by-length"):
-        losses, weights = short_run(sampling, tmp_path)
-        same = losses == pytest.approx(expected, abs=1e-4) and (weights - others).norm() < 1e-3 * others.norm()
-        assert len(losses) == 3 and same == (sampling == "packed")
+    found = []
+    for sampling in ("random", "packed"):
+        keys = {"gradient_accumulation_steps": 2, "logging_steps": 1, "warmup_steps": 0, "max_steps": 3}
+        keys = {f"training.{key}": n for key, n in keys.items()} | {"training.per_device_train_batch_size": 4}
+        keys |= {"data.sampling": sampling, "data.tasks": ["boolq"], "adapter.target_modules": ["q_proj"]}
+        run = train(load_recipe("demo", keys), tmp_path / sampling)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found.append([line["loss"] for line in lines if "loss" in line])
+    assert len(found[0]) == 3 and found[1] == pytest.approx(found[0], abs=1e-4)

@@ -1,6 +1,6 @@
 """Generated cases: whatever is valid trains, saves, loads and equals the loop; whatever is damaged is refused in one line.
 
-About 200 cases here; with D2MORA_FUZZ=1 thousands, other ones each time.
+About 160 cases here; with D2MORA_FUZZ=1 thousands, other ones each time.
 """
 
 import copy
@@ -8,7 +8,6 @@ import functools
 import gzip
 import json
 import os
-import re
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +16,7 @@ import peft
 import pytest
 import torch
 import yaml
-from helpers import PAIRS, difference, fill, loop, tiny_llama, tokens
+from helpers import PAIRS, difference, fill, loop, tiny_llama
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -25,7 +24,7 @@ from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import d2mora
-from d2mora.checkpoints import read_adapter, read_weights
+from d2mora.checkpoints import read_weights
 from d2mora.data import DataConfig, read_task, row_problem
 from d2mora.evaluate import with_adapter
 from d2mora.recipe import load_recipe
@@ -34,14 +33,14 @@ from d2mora.toy import toy_rows
 from d2mora.tuner import PAIRINGS, D2MoraLinear
 
 MANY = bool(os.environ.get("D2MORA_FUZZ"))
-CASES, SOME, FEW = (800, 300, 100) if MANY else (27, 32, 8)  # of each property; the slow ones get fewer
+CASES = 800 if MANY else 27  # of each property
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def fuzzed(cases=CASES, **strategies):
+def fuzzed(**strategies):
     "A property that is tried with values of the strategies; a failure is shown as it was found."
     how = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
-    return lambda test: settings(max_examples=cases, derandomize=not MANY, **how)(given(**strategies)(test))
+    return lambda test: settings(max_examples=CASES, derandomize=not MANY, **how)(given(**strategies)(test))
 
 
 def complaint(call):
@@ -98,7 +97,6 @@ def step(model, loss):
 
 
 @fuzzed(
-    SOME,
     widths=st.lists(st.integers(1, 12), min_size=4, max_size=4),
     kinds=st.lists(st.sampled_from([nn.Linear, nn.Linear, Conv1D]), min_size=3, max_size=3),
     adapted=st.lists(st.integers(0, 2), min_size=1, unique=True).map(sorted),
@@ -127,39 +125,7 @@ def test_layers_compute_train_save_and_load(widths, kinds, adapted, config, dtyp
         assert torch.equal(model(x), chain(widths, kinds, dtype)(x))
 
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALL = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1)
-
-
-@fuzzed(
-    FEW,
-    config=configurations(),
-    names=st.lists(st.sampled_from(PROJECTIONS), min_size=1, unique=True),
-    blocks=st.sampled_from([[0], [1], [0, 1]]),
-    how=st.sampled_from(["blocks", "pattern", "without"]),
-    length=st.integers(2, 9),
-)
-def test_language_models_train_save_and_load(config, names, blocks, how, length):
-    out = [n for n in PROJECTIONS if n not in names]
-    layers = {
-        "blocks": dict(target_modules=names, layers_to_transform=blocks),
-        "pattern": dict(target_modules=rf".*\.layers\.({'|'.join(map(str, blocks))})\..*\.({'|'.join(names)})"),
-        "without": dict(target_modules=PROJECTIONS, exclude_modules=out or None, layers_to_transform=blocks),
-    }[how]
-    ours = d2mora.D2MoraConfig(task_type="CAUSAL_LM", **config, **layers)
-    model = fill(peft.get_peft_model(tiny_llama(**SMALL), ours))
-    adapted = [n for n, m in model.named_modules() if isinstance(m, D2MoraLinear)]
-    found = {(int(re.search(r"layers\.(\d)", n)[1]), n.rpartition(".")[-1]) for n in adapted}
-    assert found == {(block, name) for block in blocks for name in names}
-    ids = tokens(length=length)
-    step(model, model.train()(ids, labels=ids).loss)
-    logits = model.eval()(ids).logits
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        again = peft.PeftModel.from_pretrained(tiny_llama(**SMALL), folder).eval()
-        assert torch.equal(again(ids).logits, logits)
-        assert read_adapter(Path(folder))["pairing"] == config["pairing"]
-    assert torch.equal(model.unload()(ids).logits, tiny_llama(**SMALL)(ids).logits)
 
 
 def published(M, N, r, d, layers):
@@ -174,12 +140,7 @@ def published(M, N, r, d, layers):
     return made
 
 
-DAMAGE = {
-    "nan": lambda t: t * float("nan"),
-    "flat": torch.flatten,
-    "wide": lambda t: torch.cat([t, t], 1),
-    "int": lambda t: t.int(),
-}
+DAMAGE = {"nan": lambda t: t * float("nan"), "flat": torch.flatten, "wide": lambda t: torch.cat([t, t], 1)}
 
 
 @fuzzed(M=ONE_TO, N=ONE_TO, r=st.integers(1, 4), d=st.integers(1, 6), layers=st.integers(1, 3), order=st.randoms())
@@ -230,11 +191,8 @@ def test_any_recipe_file_is_read_or_refused(text):
 @st.composite
 def damages(draw):
     "A change of some bytes: cut off, cut out, put in, or turned over."
-    place, length, how = (
-        draw(st.floats(0, 1)),
-        draw(st.integers(1, 40)),
-        draw(st.sampled_from(["end", "out", "in", "flip"])),
-    )
+    place, length = draw(st.floats(0, 1)), draw(st.integers(1, 40))
+    how = draw(st.sampled_from(["end", "out", "in", "flip"]))
     noise = draw(st.binary(min_size=1, max_size=6) | st.sampled_from([b"null", b"{}", b'"', b",", b"1e999", b"[[[["]))
 
     def damage(content):
@@ -258,16 +216,6 @@ def test_damaged_data_is_named_or_sound(damage, zipped):
         rows = []
         said = complaint(lambda: rows.extend(read_task(folder, "boolq", "train").to_list()))
         assert (str(path) in said) if said else all(row_problem(row, "boolq") == "" for row in rows)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    "Keep what `datasets` caches out of the way."
-    import datasets
-
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 @functools.cache

@@ -1,12 +1,11 @@
 """The main job in a short form: real rows, a real base, the real commands; the loss on held-out answers falls."""
 
 import json
-from itertools import product
 
 import pytest
+from helpers import few_real_rows
 
 from d2mora.cli import main
-from d2mora.data import read_task
 from d2mora.evaluate import evaluate
 from d2mora.recipe import load_recipe
 from d2mora.tasks import TASKS
@@ -17,15 +16,9 @@ TRAINED = [task for task in TASKS if task != "hellaswag"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, shared):
-    "The first 40 train rows and 8 test rows of each task, as files."
-    folder = tmp_path_factory.mktemp("data")
-    for task, (split, n) in product(TASKS, (("train", 40), ("test", 8))):
-        if (task, split) != ("hellaswag", "train"):
-            rows = read_task(str(shared / "data"), task, split).remove_columns("task").to_list()
-            (folder / task).mkdir(exist_ok=True)
-            few = rows[-n:] if task == "hellaswag" else rows[:n]  # the last of its rows are long
-            (folder / task / f"{split}.json").write_text(json.dumps(few))
-    return folder
+    "The first 40 train rows and 8 test rows of each task, of hellaswag the last ones, which are long."
+    order = lambda rows, task: rows[-8:] if task == "hellaswag" else rows
+    return few_real_rows(tmp_path_factory.mktemp("data"), shared, 40, 8, order)
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,9 @@ def test_fewer_target_tokens_take_fewer_bytes():
 def toy_plan():
     keys = {"data.tasks": ["boolq"], "data.validation_rows": 100, "training.max_steps": 50}
     recipe = load_recipe("demo", keys | {"training.eval_strategy": "steps", "training.eval_steps": 10})
-    return plan(recipe, prepare(read_rows("toy", ["boolq"]), recipe.data, AutoTokenizer.from_pretrained(toy_base())))
+    return plan(
+        recipe, prepare(read_rows(DataConfig("toy", ["boolq"])), recipe.data, AutoTokenizer.from_pretrained(toy_base()))
+    )
 
 
 def test_a_gpu_that_is_too_small_is_told():

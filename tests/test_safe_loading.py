@@ -15,24 +15,18 @@ import pytest
 import torch
 import transformers
 import yaml
-from program import program
 
 from d2mora.cli import main
 from d2mora.recipe import load_base, load_recipe
-from d2mora.toy import toy_base, toy_rows
+from d2mora.toy import toy_base
 from d2mora.train import train
 from d2mora.utils import check_words, read_tensors, read_yaml
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "nbs" / "results" / "demo"
 GRADE = ["--data", "toy", "--tasks", "boolq", "--limit", "4"]
-SHORT = [
-    "data.tasks=[boolq]",
-    "training.max_steps=2",
-    "training.save_strategy=steps",
-    "training.save_steps=1",
-    "training.disable_tqdm=true",
-]
+SHORT = "data.tasks=[boolq] training.max_steps=2 training.save_strategy=steps training.save_steps=1".split()
+SHORT += ["training.disable_tqdm=true"]
 
 
 @pytest.fixture
@@ -67,8 +61,14 @@ def refused(capsys, monkeypatch):
     return call
 
 
-def changed(path, **keys):
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+def commands(adapter, base, out):
+    "Everything that loads an adapter or a base."
+    return [
+        ["evaluate", adapter, *GRADE],
+        ["export", adapter, out, "--data", "toy"],
+        ["evaluate", "--base", base, *GRADE],
+        ["train", "demo", f"base={base}", "--output", out],
+    ]
 
 
 # ---- pickles ----
@@ -90,72 +90,48 @@ PICKLES = {
 
 
 @pytest.mark.parametrize("form", PICKLES)
-def test_the_pickle_runs_where_nobody_checks(form, tmp_path):
-    PICKLES[form](tmp_path / "file", MakesAFolder(tmp_path / "ran"))
+def test_read_tensors_runs_no_pickle_that_runs_where_nobody_checks(form, tmp_path):
+    for name in ("best_model.pth", "model.safetensors"):
+        PICKLES[form](tmp_path / name, MakesAFolder(tmp_path / "ran"))
+        with pytest.raises(ValueError, match=name):
+            read_tensors(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
     if form == "raw":
-        pickle.loads((tmp_path / "file").read_bytes())
+        pickle.loads((tmp_path / "best_model.pth").read_bytes())
     else:
-        torch.load(tmp_path / "file", weights_only=False)
+        torch.load(tmp_path / "best_model.pth", weights_only=False)
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("form", PICKLES)
-@pytest.mark.parametrize("name", ["best_model.pth", "adapter_model.bin", "model.safetensors"])
-def test_read_tensors_runs_nothing(form, name, ran, tmp_path):
-    PICKLES[form](tmp_path / name, MakesAFolder(ran))
-    with pytest.raises(ValueError, match=name):
-        read_tensors(tmp_path / name)
-
-
-def test_a_list_of_tensors_is_no_checkpoint(tmp_path):
-    torch.save([torch.ones(2)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="more than tensors by name"):
-        read_tensors(tmp_path / "list.pth")
-
-
-@pytest.mark.parametrize("form", ["zipped"])  # the other forms: above
-def test_a_pickled_adapter_or_base_runs_nothing(form, adapter, base, ran, tmp_path, refused):
+def test_a_pickled_adapter_or_base_runs_nothing(adapter, base, ran, tmp_path, refused):
     (adapter / "adapter_model.safetensors").unlink()
     (base / "model.safetensors").unlink()
-    PICKLES[form](adapter / "adapter_model.bin", MakesAFolder(ran))
-    PICKLES[form](base / "pytorch_model.bin", MakesAFolder(ran))
-    commands = [
-        ["evaluate", adapter, *GRADE],
-        ["export", adapter, tmp_path / "out", "--data", "toy"],
-        ["evaluate", "--base", base, *GRADE],
-        ["train", "demo", f"base={base}", "--output", tmp_path / "out"],
-    ]
-    assert [c for c in commands if "not run: ask for safetensors" not in refused(*c)] == []
+    PICKLES["zipped"](adapter / "adapter_model.bin", MakesAFolder(ran))
+    PICKLES["zipped"](base / "pytorch_model.bin", MakesAFolder(ran))
+    asked = commands(adapter, base, tmp_path / "out")
+    assert [c for c in asked if "not run: ask for safetensors" not in refused(*c)] == []
     (adapter / "adapter_model.bin").rename(adapter / "adapter_model.safetensors")
     (base / "pytorch_model.bin").rename(base / "model.safetensors")
-    for command in commands:
+    for command in asked:
         refused(*command)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def unfinished(tmp_path_factory):
-    "A run folder with one checkpoint, as a killed run leaves it."
-    run = tmp_path_factory.mktemp("unfinished") / "run"
+def test_a_checkpoint_of_a_run_runs_nothing(ran, tmp_path, refused):
+    "A killed run whose checkpoint somebody has changed; the Trainer's own pickle of its arguments is not read at all."
+    run, checkpoint = tmp_path / "run", tmp_path / "run/checkpoints/checkpoint-1"
     train(load_recipe("demo", SHORT), run)
     shutil.rmtree(run / "adapter")
-    shutil.rmtree(run / "checkpoints" / "checkpoint-2")
-    return run
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_of_a_run_runs_nothing(name, unfinished, ran, tmp_path, refused):
-    run = Path(shutil.copytree(unfinished, tmp_path / "run"))
-    PICKLES["raw"](run / "checkpoints" / "checkpoint-1" / name, MakesAFolder(ran))
-    line = refused("train", "demo", *SHORT, "--output", run, "--resume")
-    assert "checkpoint-1" in line and "cannot be read" in line and not (run / "adapter").exists()
-
-
-def test_the_trainers_own_pickle_of_its_arguments_is_not_read(unfinished, ran, tmp_path):
-    run = Path(shutil.copytree(unfinished, tmp_path / "run"))
-    PICKLES["raw"](run / "checkpoints" / "checkpoint-1" / "training_args.bin", MakesAFolder(ran))
+    shutil.rmtree(run / "checkpoints/checkpoint-2")
+    PICKLES["raw"](checkpoint / "training_args.bin", MakesAFolder(ran))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        kept = (checkpoint / name).read_bytes()
+        PICKLES["raw"](checkpoint / name, MakesAFolder(ran))
+        line = refused("train", "demo", *SHORT, "--output", run, "--resume")
+        assert "checkpoint-1" in line and "cannot be read" in line and not (run / "adapter").exists()
+        (checkpoint / name).write_bytes(kept)
     train(load_recipe("demo", SHORT), run, resume=True)
-    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert (run / "adapter/adapter_model.safetensors").exists()
 
 
 # ---- code beside a model ----
@@ -166,44 +142,27 @@ KEYS = {
 }
 
 
-def with_code(base, ran, part):
-    (base / "evil.py").write_text(f"import os\nos.mkdir({str(ran)!r})\nclass Evil: pass\n")
-    changed(base / part, **KEYS[part])
+def changed(path, **keys):
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
 @pytest.mark.parametrize("part", KEYS)
-def test_the_code_runs_where_it_is_trusted(part, base, tmp_path):
-    with_code(base, tmp_path / "ran", part)
+def test_code_beside_a_base_is_not_run_and_nobody_is_asked(part, base, adapter, tmp_path, refused):
+    (base / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Evil: pass\n")
+    changed(base / part, **KEYS[part])
+    changed(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    for words in commands(adapter, base, tmp_path / "out"):
+        assert "brings code of its own, which is not run" in refused(*words), words
+    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
     kind = transformers.AutoModelForCausalLM if part == "config.json" else transformers.AutoTokenizer
     with pytest.raises(Exception):
         kind.from_pretrained(base, trust_remote_code=True)
-    assert (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("part", KEYS)
-def test_code_beside_a_base_is_not_run_and_nobody_is_asked(part, base, adapter, ran, tmp_path, refused):
-    with_code(base, ran, part)
-    changed(adapter / "adapter_config.json", base_model_name_or_path=str(base))
-    out = tmp_path / "out"
-    for words in (
-        ["evaluate", "--base", base, *GRADE],
-        ["evaluate", adapter, *GRADE],
-        ["train", "demo", f"base={base}", "--output", out],
-        ["export", adapter, out, "--data", "toy"],
-    ):
-        assert "brings code of its own, which is not run" in refused(*words), words
-    assert not out.exists()
-
-
-def test_a_yes_that_was_piped_in_trusts_nobody(base, ran):
-    with_code(base, ran, "config.json")
-    done = program("evaluate", "--base", base, *GRADE, stdin="y\n" * 9)
-    assert (done.returncode, done.stdout) == (2, "") and "not run" in done.stderr
+    assert (tmp_path / "ran").exists()  # where it is trusted
 
 
 def test_code_beside_a_known_architecture_is_left_alone(base, ran):
-    with_code(base, ran, "config.json")
-    changed(base / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
+    (base / "evil.py").write_text(f"import os\nos.mkdir({str(ran)!r})\n")
+    changed(base / "config.json", auto_map=OWN)
     assert type(load_base(str(base))[0]).__name__ == "LlamaForCausalLM"
 
 
@@ -227,27 +186,21 @@ def test_every_load_in_the_package_is_a_safe_one():
 
 
 # ---- words ----
-@pytest.mark.parametrize(
-    "text", ["!!python/object/apply:os.mkdir [{ran}]", "!!python/name:os.system", "!!python/module:os"]
-)
-def test_yaml_makes_no_objects(text, ran, tmp_path, refused):
-    text = text.format(ran=ran)
-    (tmp_path / "own.yaml").write_text("base: toy\ntraining: " + text)
-    assert "not YAML" in refused("train", tmp_path / "own.yaml", "--output", tmp_path / "run")
-    assert "not YAML" in refused("train", "demo", f"training.max_steps={text}", "--output", tmp_path / "run")
-
-
-def test_the_yaml_runs_where_nobody_checks(tmp_path):
-    yaml.load(f"!!python/object/apply:os.mkdir [{tmp_path / 'ran'}]", yaml.UnsafeLoader)
+def test_yaml_makes_no_objects(tmp_path, refused):
+    bomb = f"!!python/object/apply:os.mkdir [{tmp_path / 'ran'}]"
+    for text in (bomb, "!!python/name:os.system"):
+        (tmp_path / "own.yaml").write_text("base: toy\ntraining: " + text)
+        assert "not YAML" in refused("train", tmp_path / "own.yaml", "--output", tmp_path / "run")
+        assert "not YAML" in refused("train", "demo", f"training.max_steps={text}", "--output", tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+    yaml.load(bomb, yaml.UnsafeLoader)
     assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("override, part", [
     ("adapter.tokenizer_kwargs={trust_remote_code: true}", "not run"),
     ("adapter.megatron_config={a: 1}", "import what it names"),
-    ("training.trust_remote_code=true", "not run"),
     ("training.hub_token=SECRET", "environment"),
-    ("training.token=[SECRET]", "environment"),
     ("adapter.tokenizer_kwargs={token: SECRET}", "environment"),
 ])  # fmt: skip
 def test_no_recipe_turns_code_on_or_holds_a_secret(override, part, tmp_path, refused):
@@ -262,10 +215,13 @@ def test_the_shipped_recipes_and_harmless_words_pass():
     check_words({"num_virtual_tokens": 8, "trust_remote_code": False, "hub_token": None})
 
 
-def test_no_secret_of_the_environment_is_written_anywhere(tmp_path, monkeypatch, capfd):
+# ---- secrets and the network ----
+def test_local_work_opens_no_connection_and_writes_no_secret_of_the_environment(tmp_path, monkeypatch, capfd):
     "All that a run, a grading and an export leave, and what they print."
     for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "hf_SENTINELSECRETaaaaaaaaaaaaaaaaaaaa")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: pytest.fail(f"connects to {address}"))
     monkeypatch.chdir(tmp_path)
     assert main(["train", "demo", *SHORT, "data.validation_rows=4", "--output", "run"]) == 0
     assert main(["evaluate", "run", "--limit", "4"]) == 0
@@ -273,25 +229,3 @@ def test_no_secret_of_the_environment_is_written_anywhere(tmp_path, monkeypatch,
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) > 20 and [p for p in files if b"SENTINELSECRET" in p.read_bytes()] == []
     assert "SENTINELSECRET" not in "".join(capfd.readouterr())
-
-
-# ---- the network, and pages ----
-def test_work_on_local_files_opens_no_connection(tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: pytest.fail(f"connects to {address}"))
-    train(load_recipe("demo", SHORT), tmp_path / "run")
-    assert main(["evaluate", str(tmp_path / "run"), *GRADE]) == 0
-
-
-def test_rows_with_markup_stay_text(tmp_path):
-    "No page that a run leaves, and a browser opens, holds a tag of its rows."
-    (tmp_path / "data" / "boolq").mkdir(parents=True)
-    rows = [
-        row | {"instruction": "</script><script>alert(1)</script> " + row["instruction"]}
-        for row in toy_rows("toy", "boolq", "train")[:8]
-    ]
-    for split in ("train", "test"):
-        (tmp_path / "data" / "boolq" / f"{split}.json").write_text(json.dumps(rows))
-    assert main(["train", "demo", *SHORT, f"data.path={tmp_path / 'data'}", "--output", str(tmp_path / "run")]) == 0
-    for page in (tmp_path / "run").rglob("*.html"):
-        assert "<script>alert" not in page.read_text(encoding="utf-8")

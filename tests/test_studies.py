@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import few_real_rows
 
 from d2mora import compare
-from d2mora.data import DataConfig, encode, plain, prepare, read_rows, read_task
+from d2mora.data import DataConfig, encode, plain, read_rows, read_task
 from d2mora.evaluate import load_target
-from d2mora.recipe import base_folder, load_base, load_recipe
+from d2mora.recipe import base_folder, load_recipe
 from d2mora.tasks import TASKS
 from d2mora.toy import toy_rows
 
@@ -26,16 +27,11 @@ SHORT = "--tokens 24576 --vocabulary 400 --rows 220 --test-rows 6 --hidden 32 --
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, shared):
     "Few short real rows as files; a test row stands among the train rows, too."
-    folder = tmp_path_factory.mktemp("data")
-    for task in TASKS:
-        (folder / task).mkdir()
-        tests = []
-        for split in ("test", "train") if task != "hellaswag" else ("test",):
-            rows = read_task(str(shared / "data"), task, split).remove_columns(["task", "row"]).to_list()
-            rows.sort(key=lambda row: len(row["instruction"]))
-            tests = rows if split == "test" else tests
-            kept = tests[:8] if split == "test" else rows[:120] + tests[:1]
-            (folder / task / f"{split}.json").write_text(json.dumps(kept))
+    by_length = lambda rows, task: sorted(rows, key=lambda row: len(row["instruction"]))
+    folder = few_real_rows(tmp_path_factory.mktemp("data"), shared, 120, 8, by_length)
+    for file in folder.glob("*/train.json"):
+        tests = json.loads(file.with_name("test.json").read_text())
+        file.write_text(json.dumps(json.loads(file.read_text()) + tests[:1]))
     return folder
 
 
@@ -184,4 +180,4 @@ def test_cloze_needs_to_know_each_rows_task(tmp_path):
     path.write_text(json.dumps([row for task in TASKS for row in toy_rows("toy", task, "train", 8)]))
     data = load_recipe("demo", {"data.path": str(path), "data.prompt": "cloze"}).data
     with pytest.raises(ValueError, match="cannot be told apart.*one folder a task"):
-        prepare(read_rows(str(path), data.tasks), data, load_base("toy")[1])
+        read_rows(data)

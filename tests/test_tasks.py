@@ -15,10 +15,9 @@ from d2mora.tasks import (
     content_pairs,
     evaluating,
     evaluation_prompt,
-    find_task,
     parse_answer,
-    register_tasks,
     row_answers,
+    task_table,
     training_prompt,
 )
 
@@ -144,7 +143,7 @@ def test_a_named_tasks_file_says_the_same_and_a_changed_one_is_another_recipe(tm
     config = DataConfig(path=folder, tasks_file=f"{folder}/mine.yaml")
     assert config == DataConfig(path=folder, own_tasks={name: OWN[name] for name in sorted(OWN)})
     assert config != DataConfig(path=folder, own_tasks={"mood": {"options": 3}})
-    rows = read_task(folder, "size", "test").to_list()
+    rows = read_task(folder, config.table["size"], "test").to_list()
     assert rows[1] == {
         **{"instruction": "green 1", "input": None, "output": "the correct answer is option2", "answer": "option2"},
         **{"task": "size", "row": 1},
@@ -157,19 +156,21 @@ def test_a_parquet_file_is_read(tmp_path):
     (tmp_path / "size").mkdir()
     rows = datasets.Dataset.from_list([{"text": "green", "label": 1}])
     rows.to_parquet(tmp_path / "size/test.parquet")
-    DataConfig(path=str(tmp_path), own_tasks=OWN)
-    assert read_task(str(tmp_path), "size", "test")["answer"][:] == ["option2"]
+    size = DataConfig(path=str(tmp_path), own_tasks=OWN).table["size"]
+    assert read_task(str(tmp_path), size, "test")["answer"][:] == ["option2"]
 
 
 def test_own_expressions():
-    register_tasks({"verdict": {"answers": ["no", "not sure", "C++"]}, "last": {"options": 3, "pattern": r"is (\w+)$"}})
-    assert [parse_answer(text, "verdict") for text in ("nothing", "not sure", "it is C++.")] == [
+    table = task_table(
+        {"verdict": {"answers": ["no", "not sure", "C++"]}, "last": {"options": 3, "pattern": r"is (\w+)$"}}
+    )
+    assert [parse_answer(text, table["verdict"]) for text in ("nothing", "not sure", "it is C++.")] == [
         None,
         "not sure",
         "C++",
     ]
-    assert parse_answer("answer1? it is answer2", "last") == "answer2"
-    assert find_task("last").answers == ("answer1", "answer2", "answer3")
+    assert parse_answer("answer1? it is answer2", table["last"]) == "answer2"
+    assert table["last"].answers == ("answer1", "answer2", "answer3")
 
 
 @pytest.mark.parametrize(
