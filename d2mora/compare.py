@@ -26,8 +26,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .analysis import Monitor, as_model, draw, layer_similarity, mean_similarity
 from .data import collator_for, data_path, prepare, read_rows
-from .evaluate import PROTOCOLS, evaluate, holm, mean_std, own_tasks, percent, report, seeds_table
-from .evaluate import tasks_to_grade, text_table
+from .evaluate import PROTOCOLS, evaluate, holm, mean_std, percent, report, seeds_table
+from .evaluate import tasks_to_grade, text_table, trained_tasks
 from .recipe import Recipe, bare_model, adapted_base, base_shape, check_training
 from .tasks import TASKS
 from .toy import toy_base
@@ -291,7 +291,7 @@ def run(
     started = time.perf_counter()
     folder = train(recipe, output, [Monitor()], resume=resume)
     trained, data = time.perf_counter() - started, data_path(recipe.data)
-    tasks = own_tasks(data, recipe.data.tasks)
+    tasks = trained_tasks(data, recipe.data.tasks)
     before = evaluate(base=recipe.base, data=data, prompt=recipe.data.prompt, tasks=tasks)
     after = evaluate(folder, tasks=tasks)
     places = {
@@ -318,7 +318,7 @@ def one_run(
     "Train and grade; the figures that a comparison needs."
     train(recipe, folder, resume=begun(folder))
     keys, grades = ("n", "accuracy", "interval", "chance"), {}
-    tasks = own_tasks(data_path(recipe.data), recipe.data.tasks)
+    tasks = trained_tasks(data_path(recipe.data), recipe.data.tasks)
     for protocol in protocols:
         found = evaluate(folder, protocol=protocol, tasks=tasks, limit=limit, progress=False)  # rows are graded once
         by_task = {task: {k: own[k] for k in keys} for task, own in found["tasks"].items()}

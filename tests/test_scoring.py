@@ -78,7 +78,7 @@ def test_texts_equal_the_published_way(stories, protocol, style, task, monkeypat
     for g, text in zip(batch, texts):
         assert text.startswith(g["text"]) and (g["text"] == text or protocol == "generate" and g["predicted"])
     if protocol == "official":  # a cache that does not reorder its beams is noticed
-        monkeypatch.setattr(scoring.BeamLayer, "reorder_cache", lambda self, beam_idx: None)
+        monkeypatch.setattr(scoring._BeamLayer, "reorder_cache", lambda self, beam_idx: None)
         assert grade_rows(model, tokenizer, task, rows, protocol, style) != batch
 
 
@@ -102,7 +102,7 @@ def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch,
     shared = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=2)
     prefixes = [length for n, length in reads if n == 1]
     assert len(prefixes) == 1 and prefixes[0] > 100  # the template, once for all batches
-    monkeypatch.setattr(scoring, "SHORTEST_PREFIX", 10**9)
+    monkeypatch.setattr(scoring, "_SHORTEST_PREFIX", 10**9)
     apart = grade_rows(model, tokenizer, "social_i_qa", rows, protocol, "official", batch_size=2)
     for a, b in zip(shared, apart):
         assert a.get("text") == b.get("text") and a["predicted"] == b["predicted"]
@@ -112,9 +112,11 @@ def test_what_rows_share_is_read_once_with_the_same_result(stories, monkeypatch,
 def test_a_kept_prefix_is_cut_where_rows_differ_and_never_replaced(stories, reads):
     "Rows of another task begin alike for a while, or not at all."
     model, tokenizer, _ = stories
-    items = [make_item(tokenizer, choice_pairs(row, "boolq", "official"), 512) for row in rows_of(stories, "boolq", 4)]
-    ids = next(a[:n] for a, b in [(items[0].head, items[1].head)] for n in range(len(a)) if a[: n + 1] != b[: n + 1])
-    prefix = scoring.Prefix(list(ids))
+    heads = [
+        make_item(tokenizer, choice_pairs(row, "boolq", "official"), 512).head for row in rows_of(stories, "boolq", 4)
+    ]
+    prefix = scoring._read_prefix(model, heads)
+    ids = list(prefix.ids)
     for task, style in (("boolq", "official"), ("piqa", "official"), ("piqa", "plain"), ("boolq", "official")):
         rows = rows_of(stories, task, 4)
         own, fresh = (grade_batch(model, tokenizer, task, rows, "choice", style, kept) for kept in (prefix, None))
