@@ -85,7 +85,7 @@ def make_item(
     lengths = [len(option.strip()) for _, option in pairs]
     return Item(encoded[0][0][:n], [ids[n:] for ids, _ in encoded], [k for _, k in encoded], lengths, shortened)
 
-# %% ../nbs/h_scoring.ipynb #ff53c14a
+# %% ../nbs/h_scoring.ipynb #88ecfef8
 _SHORTEST_PREFIX = 16  # tokens; a forward pass of its own does not pay for fewer
 
 
@@ -110,38 +110,33 @@ def _plain_cache(past) -> bool:
     return isinstance(past, DynamicCache) and all(type(layer) is DynamicLayer for layer in past.layers)
 
 
-@dataclass
-class _Prefix:
-    "Tokens that the rows of a task begin with, and their keys and values."
-
-    ids: list[int]
-    past: DynamicCache  # of one row
-
-
 @torch.no_grad()
-def _read_prefix(model, rows: list[list[int]]) -> _Prefix | None:
-    "Read once what rows of tokens begin with; None if that is too short or the model's cache cannot be copied."
+def _read_prefix(model, rows: list[list[int]]) -> tuple[list[int], DynamicCache] | None:
+    "What rows begin with, and its keys and values; None if it is too short or the model's cache cannot be copied."
     ids = rows[0][: _common_length(rows)]
     if len(ids) < _SHORTEST_PREFIX:
         return None
     with evaluating(model):
         past = getattr(_forward(model, *padded([ids], "left", model.device), keep=1), "past_key_values", None)
-    return _Prefix(ids, past) if _plain_cache(past) else None
+    return (ids, past) if _plain_cache(past) else None
 
 
-def _read_rows(model, rows: list[list[int]], keep: int, cache: bool, prefix: _Prefix | None) -> tuple:
+def _read_rows(model, rows: list[list[int]], keep: int, cache: bool, prefix: tuple | None) -> tuple:
     "The output for rows of tokens, what they share with the prefix taken from its cache; the mask (rows, longest)."
-    n = min(_common_length([prefix.ids, *rows]), min(map(len, rows)) - keep) if prefix else 0
-    past, n = (copy.deepcopy(prefix.past), n) if prefix and n >= _SHORTEST_PREFIX else (None, 0)
-    if prefix and past and n < len(prefix.ids):
-        past.crop(n - len(prefix.ids))
+    ids, past = prefix or ([], None)
+    n = min(_common_length([ids, *rows]), min(map(len, rows)) - keep)
+    if n < _SHORTEST_PREFIX:
+        n, past = 0, None
     if past:
+        past = copy.deepcopy(past)
+        if n < len(ids):
+            past.crop(n - len(ids))
         past.batch_repeat_interleave(len(rows))
     ids, mask = padded([row[n:] for row in rows], "left", model.device)
     mask = torch.cat([mask.new_ones(len(rows), n), mask], 1)
     return _forward(model, ids, mask, past, keep, cache), mask
 
-# %% ../nbs/h_scoring.ipynb #2a98401d
+# %% ../nbs/h_scoring.ipynb #32911aa4
 def _read_tails(model, past, mask, tails: list[tuple[int, list[int]]]):
     "Logits of tails (row of the cache, tokens), each read after its row: (tails, longest, V)."
     owner = torch.tensor([row for row, _ in tails], device=mask.device)
@@ -162,7 +157,7 @@ def _target_log_probs(options: list[tuple[Item, list[int], int]], logits: list[t
 def option_scores(
     model,  # a causal language model, with or without an adapter
     items: list[Item],  # a batch
-    prefix: _Prefix | None = None,  # of the task
+    prefix: tuple | None = None,  # of the task, from `_read_prefix`
 ) -> list[torch.Tensor]:  # for each row the summed log-likelihood of each option in nats, float32 on the CPU
     "Log-likelihood of every option of every row, each shared token read once; dropout off, the model left as found."
     options = [(row, *own) for row, item in enumerate(items) for own in zip(item.tails, item.targets)]
@@ -221,7 +216,7 @@ class _AnswerFound(StoppingCriteria):
         texts = self.tokenizer.batch_decode(ids[:, self.start :], skip_special_tokens=True)
         return torch.tensor([parse_answer(text, self.task) is not None for text in texts], device=ids.device)
 
-# %% ../nbs/h_scoring.ipynb #54e83e77
+# %% ../nbs/h_scoring.ipynb #d56f5bb5
 def generation_settings(tokenizer, num_beams: int) -> dict:
     "Everything that decides what is written, besides model and prompt."
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": num_beams}
@@ -254,7 +249,7 @@ def write_tokens(
     prompts: list[list[int]],  # tokens to continue
     num_beams: int = 1,  # 1: greedy
     task: str | None = None,  # greedy only: stop each row once this task's answer is found; None: write all tokens
-    prefix: _Prefix | None = None,  # of the task
+    prefix: tuple | None = None,  # of the task, from `_read_prefix`
 ) -> list[list[int]]:  # the new tokens, padding included
     "Continue each prompt by at most 32 tokens: padding on the left, attention mask, dropout off."
     config = GenerationConfig(**generation_settings(tokenizer, num_beams), pad_token_id=collator_for(tokenizer).pad_id)
@@ -278,7 +273,7 @@ def write(model, tokenizer, prompts: list[str], num_beams: int = 1) -> list[str]
     heads = [make_item(tokenizer, [(prompt, "")], _limit(model, NEW_TOKENS)).head for prompt in prompts]
     return tokenizer.batch_decode(write_tokens(model, tokenizer, heads, num_beams), skip_special_tokens=True)
 
-# %% ../nbs/h_scoring.ipynb #80aeb07d
+# %% ../nbs/h_scoring.ipynb #b6f9fcf7
 @dataclass(frozen=True)
 class Protocol:
     "How a row is put to the model and how its answer is found."
@@ -328,7 +323,7 @@ def grade_batch(
     rows: list[dict],  # a batch of its test rows
     protocol: str,  # one of `PROTOCOLS`
     style: str,  # prompt style
-    prefix: _Prefix | None = None,  # of the task
+    prefix: tuple | None = None,  # of the task, from `_read_prefix`
 ) -> list[dict]:  # for each row: predicted, right, shortened, and scores or text
     "Grade rows in one batch."
     items, beams = _make_items(model, tokenizer, task, rows, protocol, style), PROTOCOLS[protocol].beams
