@@ -127,15 +127,15 @@ def paired(
 def _json_lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-# %% ../nbs/11_evaluation.ipynb #17eb7424
+# %% ../nbs/11_evaluation.ipynb #003da5b2
 def text_table(
     header: list[str],  # names of the columns
     rows: list[list[str]],  # cells, as text
 ) -> str:  # a table in Markdown, aligned so that it reads well in a terminal too
     "Lay out a table: the first column to the left, the others to the right."
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in [header, *rows]]
-    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in [header, *rows]]
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
     first, *rest = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first, f"|{rule}|", *rest])
 
@@ -154,11 +154,11 @@ def paired_table(a: list[dict], b: list[dict], names: tuple[str, str] = ("A", "B
     "Graded rows of two runs compared, one line a task; one is called better only where p < 0.05."
     rows = []
     for task, t in paired(a, b).items():
-        p = f"{t['p']:.3f}" if t["p"] >= 0.001 else "< 0.001"
-        finding = f"{names[t['a'] < t['b']]} is better" if t["p"] < 0.05 else "no significant difference"
-        figures = [str(t["n"]), percent(t["a"]), percent(t["b"]), str(t["only_a"]), str(t["only_b"])]
-        rows.append([task, *figures, p, finding])
-    return text_table(["task", "n", *names, f"only {names[0]}", f"only {names[1]}", "p", ""], rows)
+        n, first, second, only_first, only_second, p = t.values()
+        finding = f"{names[first < second]} is better" if p < 0.05 else "no significant difference"
+        figures = [str(n), percent(first), percent(second), str(only_first), str(only_second)]
+        rows.append([task, *figures, f"{p:.3f}" if p >= 0.001 else "< 0.001", finding])
+    return text_table(["task", "n", *names, *(f"only {name}" for name in names), "p", ""], rows)
 
 # %% ../nbs/11_evaluation.ipynb #29695159
 def mean_std(values: list[float]) -> str:
@@ -262,13 +262,7 @@ def result_table(result: dict) -> str:
     ]
     return text_table(["task", *(heading for heading, _ in columns.values())], rows)
 
-# %% ../nbs/11_evaluation.ipynb #c37911b6
-_PAPER_NOTE = (
-    "The paper's figures: a 7-billion-parameter base, all eight train sets, generation with 4 beams. "
-    "They are comparable with a row above only if base, training data and protocol are the same."
-)
-
-
+# %% ../nbs/11_evaluation.ipynb #a41f89a9
 def paper_table() -> str:
     "The paper's rows, accuracies in percent, tasks in our order (D2MoRA, table 1), and what they can be compared with."
     names, rows = [*TASKS, "average"], []
@@ -277,7 +271,9 @@ def paper_table() -> str:
             if r["method"] in ("LoRA", "HydraLoRA", "D2MoRA"):
                 sizes = f"{r['backbone']} {r['method']} {r['M']},{r['N']},{r['r']}"
                 rows.append([sizes, *(f"{float(r[name]):.1f}" for name in names)])
-    return f"{text_table(['paper (M,N,r)', *names], rows)}\n{_PAPER_NOTE}"
+    note = "The paper's figures: a 7-billion-parameter base, all eight train sets, generation with 4 beams. "
+    note += "They are comparable with a row above only if base, training data and protocol are the same."
+    return f"{text_table(['paper (M,N,r)', *names], rows)}\n{note}"
 
 # %% ../nbs/11_evaluation.ipynb #8613c5e2
 def draw_results(
@@ -592,7 +588,7 @@ def ask(
     table = routing_table(model, tokenizer, prompt + answers["adapter"]) if adapted and routing else ""
     return answers | ({"routing": table} if table else {})
 
-# %% ../nbs/11_evaluation.ipynb #19f9be2f
+# %% ../nbs/11_evaluation.ipynb #f681906e
 def equal_lengths(
     texts: list[list[int]],  # token ids
     size: int = 16,  # texts at once, at most
@@ -621,20 +617,25 @@ def text_routing(
     return {name: {side: torch.cat(own) for side, own in sides.items()} for name, sides in calls.items()}
 
 
-def routing_table(model, tokenizer, text: str) -> str:
-    "The routers' weights for each token in percent, mean over layers; empty if nothing in the model routes."
-    ids = tokenizer(text)["input_ids"][-(max_positions(model) or 0) :]
+def _mean_weights(model, ids: list[int]) -> dict[str, torch.Tensor]:
+    "By side the mean over layers of each token's weights: (tokens, experts)."
     found: dict[str, list] = {}
     for sides in text_routing(model, torch.tensor([ids])).values():
         for side, w in sides.items():
             if len(w) % len(ids) == 0:  # a layer that is given only some of the tokens is left out
                 found.setdefault(side, []).append(w.unflatten(0, (-1, len(ids))).mean(0))
-    means = {side: torch.stack(own).mean(0) for side, own in found.items()}  # (tokens, experts)
+    return {side: torch.stack(own).mean(0) for side, own in found.items()}
+
+
+def routing_table(model, tokenizer, text: str) -> str:
+    "The routers' weights for each token in percent, mean over layers; empty if nothing in the model routes."
+    ids = tokenizer(text)["input_ids"][-(max_positions(model) or 0) :]
+    means = _mean_weights(model, ids)
     if not means:
         return ""
     names = [name for side, w in means.items() for name in expert_names(side, w.shape[1])]
-    words = [tokenizer.decode(i).strip() or repr(tokenizer.decode(i)) for i in ids]
     weights = torch.cat(list(means.values()), 1).tolist()
+    words = [tokenizer.decode(i).strip() or repr(tokenizer.decode(i)) for i in ids]
     return text_table(
         ["token", *names], [[word, *(f"{100 * v:.0f}" for v in own)] for word, own in zip(words, weights)]
     )
