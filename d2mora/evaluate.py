@@ -115,7 +115,8 @@ def paired(
     b: list[dict],  # and of another
 ) -> dict[str, dict]:  # for each task and `all rows`: n, a, b (accuracies), only_a, only_b, p (corrected over tasks)
     "Compare two runs on the rows that both have graded."
-    pairs, by_task = _pairs(a, b), {}
+    pairs = _pairs(a, b)
+    by_task: dict[str, list] = {}
     for g, h in pairs:
         by_task.setdefault(g["task"], []).append((g, h))
     found = {task: _counts(own) for task, own in by_task.items()}
@@ -551,7 +552,8 @@ def evaluate(
     rows = test_rows(path, tasks or trained_tasks(path, config and config.tasks, state.is_main_process), limit)
     trained = config.prompt if config and config.prompt != "cloze" else "plain"
     settings = settings_of(model, tokenizer, protocol, style or trained)
-    folder = Path(output or target) if output or target else None
+    place = output or target
+    folder = Path(place) if place else None
     written = folder if state.is_main_process else None  # the first process writes the results
     with locked(written) if written else nullcontext():
         if written and again:

@@ -117,7 +117,7 @@ def _read_prefix(model, rows: list[list[int]]) -> tuple[list[int], DynamicCache]
     if len(ids) < _SHORTEST_PREFIX:
         return None
     with evaluating(model):
-        past = getattr(_forward(model, *padded([ids], "left", model.device), keep=1), "past_key_values", None)
+        past: Any = getattr(_forward(model, *padded([ids], "left", model.device), keep=1), "past_key_values", None)
     return (ids, past) if _plain_cache(past) else None
 
 
