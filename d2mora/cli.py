@@ -166,13 +166,16 @@ def evaluate(targets, base, question, paper, **options):
         raise click.UsageError("--ask has no question: put it in quotes behind --ask")
     if options["output"] and len(targets) > 1:
         raise click.UsageError("--output is for one DIR: several would overwrite each other")
+    from d2mora.evaluate import comparison
+    from d2mora.utils import main_process
+
     for target in targets or [None]:
         if question:
             _print_answers(question, target, base)
         else:
             _print_result(target, base, paper, options)
-    if len(targets) > 1 and not question:
-        _print_comparison(targets, options["protocol"])
+    if len(targets) > 1 and not question and main_process():
+        click.echo(f"\n{comparison(targets, options['protocol'])}")
 
 
 def _print_answers(question, target, base):
@@ -188,29 +191,19 @@ def _print_answers(question, target, base):
 
 
 def _print_result(target, base, paper, options):
-    "Grade one target; the first process prints its table, and the paper's where asked for."
-    from d2mora.evaluate import NOTE, evaluate, how, join, paper_table, result_table
+    "Grade one target; print its table, and the paper's where asked for."
+    from d2mora.evaluate import evaluate, how, paper_table, result_table
+    from d2mora.utils import main_process
 
     result = evaluate(target, base, **options)
-    if join()[0]:
-        return
+    if not main_process():
+        return  # of several processes the first one prints
     click.echo(f"{target or base}: protocol {result['protocol']}, {how(result)}\n{result_table(result)}")
     if paper:
-        click.echo(f"\n{paper_table()}\n{NOTE}")
+        click.echo(f"\n{paper_table()}")
     if folder := options["output"] or target:
         written = Path(folder) / f"evaluation-{result['protocol']}.json"
         click.echo(f"\nwritten: {written}, .jsonl, a picture in plots/ and report.md")
-
-
-def _print_comparison(targets, protocol):
-    "The first process prints what holds between several graded folders, and where they disagree."
-    from d2mora.evaluate import comparison, join, write_disagreements
-
-    if join()[0]:
-        return
-    click.echo(f"\n{comparison(targets, protocol)}")
-    for path, n in write_disagreements(targets, protocol):
-        click.echo(f"\nwritten: {path}, {n} rows that they answer differently")
 
 # %% ../nbs/f_command.ipynb #da3fac60
 def _demo_folders():

@@ -27,8 +27,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .analysis import Monitor, draw, layer_similarity, mean_similarity
 from .data import collator_for, data_path, prepare, read_rows
-from .evaluate import PROTOCOLS, evaluate, holm, load_target, mean_std, own_tasks, percent, report, seeds_table
-from .evaluate import tasks_to_grade, text_table
+from .evaluate import PROTOCOLS, evaluate, holm, load_target, mean_std, percent, report, seeds_table
+from .evaluate import tasks_to_grade, text_table, trained_tasks
 from .recipe import Recipe, bare_model, adapted_base, base_shape, check_training
 from .tasks import TASKS, checked_name
 from .toy import toy_base
@@ -301,7 +301,7 @@ def run(
     started = time.perf_counter()
     folder = train(recipe, output, [Monitor()], resume=resume)
     trained, data = time.perf_counter() - started, data_path(recipe.data)
-    tasks = own_tasks(recipe.data, recipe.data.tasks)
+    tasks = trained_tasks(recipe.data, recipe.data.tasks)
     before = evaluate(base=recipe.base, data=data, prompt=recipe.data.prompt, tasks=tasks)
     after = evaluate(folder, tasks=tasks)
     places = {
@@ -339,7 +339,7 @@ def one_run(
 
 def _grades(recipe: Recipe, folder: Path, protocol: str, limit: int | None) -> dict:
     "The average accuracy of a run, and each task's; what is graded already is read."
-    tasks, keys = own_tasks(recipe.data, recipe.data.tasks), ("n", "accuracy", "interval", "chance")
+    tasks, keys = trained_tasks(recipe.data, recipe.data.tasks), ("n", "accuracy", "interval", "chance")
     found = evaluate(folder, protocol=protocol, tasks=tasks, limit=limit, progress=False)
     by_task = {task: {k: own[k] for k in keys} for task, own in found["tasks"].items()}
     return {"average": found["average"], "tasks": by_task}

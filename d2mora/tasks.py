@@ -162,24 +162,20 @@ def content_pairs(
         raise ValueError(f"no gap _ in {question[:80]!r}")
     return [(before + text, f" {rest.strip()}") for text in texts]
 
-# %% ../nbs/08_tasks.ipynb #918c4b88
+# %% ../nbs/08_tasks.ipynb #545b77d4
 PROMPT_STYLES = ("plain", "official", "cloze")
 ANSWER_PREFIX = "the correct answer is"
-_INDENT = " " * 16
+_PART = "\n\n" + " " * 16 + "### {}:\n" + " " * 16
 
 
 def _official(row, training):
     "The published template, up to where the answer stands."
     extra = row.get("input")
     request = ", paired with an input that provides further context" if extra else ""
-    parts = [
-        f"Below is an instruction that describes a task{request}. "
-        "Write a response that appropriately completes the request." + " " * (training + (not extra)),
-        f"{_INDENT}### Instruction:\n{_INDENT}{row['instruction']}",
-        *([f"{_INDENT}### Input:\n{_INDENT}{extra}"] if extra else []),
-        f"{_INDENT}### Response:\n{_INDENT}",
-    ]
-    return "\n\n".join(parts)
+    text = f"Below is an instruction that describes a task{request}. "
+    text += "Write a response that appropriately completes the request." + " " * (training + (not extra))
+    text += _PART.format("Instruction") + row["instruction"]
+    return text + (_PART.format("Input") + extra if extra else "") + _PART.format("Response")
 
 # %% ../nbs/08_tasks.ipynb #d0382b1e
 def _prompt(row, style, training):
