@@ -185,5 +185,9 @@ class InertLossWarning:
         if moved and not applied:
             mend = "call attach_orthogonality(model, optimizer), or add orthogonality_loss(model)"
             warnings.warn(f"orthogonality_weight > 0 is not applied: {mend}")
-        for handle in self.handles if moved or applied else ():
+        if moved or applied:
+            self.remove()
+
+    def remove(self) -> None:
+        for handle in self.handles:
             handle.remove()

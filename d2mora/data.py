@@ -222,7 +222,7 @@ def _dataset(rows, where):
 
 
 def _mixed_rows(path, config):
-    "The wanted tasks' rows of one mixed file; a ValueError if they cannot be told apart."
+    "The wanted tasks' rows of one mixed file; a ValueError if they cannot be told apart or are not there."
     wanted = {*_INSEPARABLE} & {*config.tasks}
     if wanted and (len(wanted) < len(_INSEPARABLE) or config.prompt == "cloze"):
         fault = f"in one file the rows of {', '.join(_INSEPARABLE)} cannot be told apart"
@@ -232,6 +232,9 @@ def _mixed_rows(path, config):
     there = [row["task"] for row in rows]
     if None in there:
         raise ValueError(f"{path}: row {there.index(None)}: field 'instruction' belongs to none of the eight tasks")
+    if lacking := [task for task in config.tasks if task not in {*there} | wanted]:
+        mend = f"leave them out of data.tasks (there are: {', '.join(dict.fromkeys(there))})"
+        raise ValueError(f"{path}: no rows of {', '.join(lacking)}: {mend}")
     return _dataset([row for row in rows if row["task"] in config.tasks], path)
 
 

@@ -566,7 +566,11 @@ def evaluate(
             report(written)  # what cannot be read is an error now, not after hours
         found = _graded_rows(on_device(model), tokenizer, rows, settings, batch_size, folder, progress)
         graded = {t: [found[row_hash(row, t)] | {"row": i} for i, row in enumerate(own)] for t, own in rows.items()}
-        about = {"target": str(target) if target else None, "base": model.config.name_or_path, "data": str(data_path(source))}
+        about = {
+            "target": str(target) if target else None,
+            "base": model.config.name_or_path,
+            "data": str(data_path(source)),
+        }
         about |= {"limit": limit, "batch_size": batch_size, "processes": state.num_processes}
         about |= {k: settings[k] for k in ("protocol", "prompt", "dtype")} | {"settings": settings}
         about["versions"] = {name: version(name) for name in ("d2mora", "torch", "transformers", "peft")}

@@ -84,12 +84,13 @@ def _reason(error: ValidationError, value: Any) -> str:
 def _converted(key: str, value: Any, hint: Any) -> Any:
     "Convert a value to its field's type, or raise a ValueError that names key, value and what is right."
     parts = _alternatives(hint)
-    if value is False and any(isinstance(part, EnumType) and "no" in {own.value for own in part} for part in parts):
+    listed = [str(member.value) for part in parts if isinstance(part, EnumType) for member in list[Enum](part)]
+    if value is False and "no" in listed:
         value = "no"  # YAML reads a bare no as false
     if isinstance(value, bool) and not {bool, Any}.intersection(parts):
         raise ValueError(f"{key}={value}: true and false are no values of this key")
     try:
-        whole = TypeAdapter[Any](Union[tuple(parts)], config=ConfigDict(allow_inf_nan=False))
+        whole = TypeAdapter[Any](cast(Any, Union[tuple(parts)]), config=ConfigDict(allow_inf_nan=False))
         value = whole.validate_python(value)
     except ValidationError as error:
         raise ValueError(f"{key}={value!r}{_reason(error, value)}") from None

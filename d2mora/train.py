@@ -57,9 +57,9 @@ def _mean_cosines(model: nn.Module) -> dict[str, float]:
     "The mean |cosine| per pair of A's and per pair of B's: the orthogonality loss (paper, eq. 10), divided by its pairs."
     if not any(True for _ in expert_layers(model)):
         return {}
-    found = {}
-    for name, side in {"cosine_down": 0, "cosine_up": 1}.items():
-        stacks = [experts[side].stack().detach() for experts in active_experts(model)]  # (E, r, d) each
+    experts, found = active_experts(model), {}
+    for name, own in {"cosine_down": [A for A, _, _ in experts], "cosine_up": [B for _, B, _ in experts]}.items():
+        stacks = [side.stack().detach() for side in own]  # (E, r, d) each
         pairs = sum(len(W) * (len(W) - 1) // 2 for W in stacks)
         found[name] = sum(float(similarity(W)) for W in stacks) / max(pairs, 1)
     return found
@@ -421,8 +421,8 @@ def write_card(
 # %% ../nbs/10_training.ipynb #fb94d1e2
 def check_device(training: dict) -> None:
     "Raise ValueError if a GPU is asked for that torch does not see."
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
-    named = named and not named.startswith("-") and not training.get("use_cpu")
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    named = bool(devices) and not devices.startswith("-") and not training.get("use_cpu")
     if (training.get("fp16") or training.get("use_cpu") is False or named) and not torch.accelerator.is_available():
         asked = "training.fp16=true, training.use_cpu=false or CUDA_VISIBLE_DEVICES asks for a GPU"
         mend = "set training.fp16=false and training.use_cpu=true, or mend the driver"

@@ -301,6 +301,11 @@ class D2MoraModel(BaseTuner):
                 hooks.enter_context(module.register_forward_pre_hook(give, with_kwargs=True, prepend=True))
             yield
 
+    def unload(self):
+        if hasattr(self, "_inert_warning"):
+            self._inert_warning.remove()
+        return super().unload()
+
     def add_weighted_adapter(self, *args, **kwargs):
         instead = "activate several by model.base_model.set_adapter([...]), and their updates add up"
         raise ValueError(f"D2MoRA adapters cannot be averaged into one, each has routers of its own: {instead}")

@@ -281,7 +281,7 @@ def expert_names(side: str, count: int) -> list[str]:
     "A1, A2, … for down, B1, B2, … for up."
     return [f"{'AB'[side == 'up']}{j + 1}" for j in range(count)]
 
-# %% ../nbs/e_robustness.ipynb #6183b7f6
+# %% ../nbs/e_robustness.ipynb #7d3b1c52
 def headline(
     figure,  # of `canvas`
     title: str,  # what is shown

@@ -54,10 +54,7 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-LONGER = (
-    "has 350 tokens (the last is '[PAD]'), but its base has 349 rows of embeddings: "
-    "save the base again after model.resize_token_embeddings(350)"
-)
+LONGER = "has 350 tokens, its base 349 rows of embeddings: save the base again after model.resize_token_embeddings(350)"
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_one_line(adapter, tmp_path, capsys):

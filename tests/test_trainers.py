@@ -160,5 +160,5 @@ def test_muon_and_groups_for_the_parts():
     optimizer.step()
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], p) == ("d2mora_B" in name) for name, p in before.items())
-    with pytest.raises(ValueError, match="no experts in"):
+    with pytest.raises(ValueError, match="no experts to train in"):
         d2mora.parameter_groups(model.unload())
