@@ -338,7 +338,7 @@ def profile(job, method, batch):
 def planned(job, method, rows, tokens, again):
     "The plan's memory and operations, and its time for the GPU of this name; a trial takes an H100 for its own."
     from d2mora.data import DataConfig
-    from d2mora.plan import GPUS, plan_memory, plan_step
+    from d2mora.plan import GPUS, plan_memory, plan_step, step_flops
     from d2mora.recipe import Recipe
 
     config = METHODS[method]
@@ -350,7 +350,7 @@ def planned(job, method, rows, tokens, again):
         "huggyllama/llama-7b", adapter, DataConfig(path="toy"), {"bf16": True, "per_device_train_batch_size": rows}
     )
     memory = plan_memory(job.shape, recipe, rows, tokens, tokens, again)
-    *_, operations = plan_step(job.shape, recipe, rows, tokens, checkpointing=again)
+    _, operations = plan_step(step_flops, job.shape, recipe, rows, tokens, checkpointing=again)
     found = {"gib": round(sum(memory.values()) / GiB, 4), "tera_operations": round(operations / 1e12, 6)}
     card = "H100" if job.facts["trial"] else job.facts["device"]
     known = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in card]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from d2mora.cli import main
 from d2mora.data import DataConfig, prepare, read_rows
 from d2mora.plan import GPUS, Load, Plan, _GiB, _micro_batch, _SPARE, _tokens_line
-from d2mora.plan import count_parts, count_step, dry_run, find_gpu, fits, plan, plan_memory, plan_step
+from d2mora.plan import count_parts, dry_run, find_gpu, fits, plan, plan_memory, plan_step, step_bytes, step_flops
 from d2mora.recipe import Recipe, adapter_config, bare_model, load_recipe
 from d2mora.toy import toy_base
 from helpers import QKV
@@ -54,13 +54,13 @@ def allocated(model, batch):
 ])  # fmt: skip
 def test_the_plan_is_within_a_tenth_of_a_real_step(name, checkpointing, adapter):
     recipe, real = recipe_for(name, adapter), real_model(name, checkpointing, adapter)
-    planned = lambda *sizes: plan_step(SHAPES[name], recipe, *sizes, checkpointing=checkpointing)
-    batch, (peak, *operations) = _micro_batch(4, 60, 60), planned(4, 60)
+    planned = lambda count, *sizes: plan_step(count, SHAPES[name], recipe, *sizes, checkpointing=checkpointing)
+    batch, (peak,) = _micro_batch(4, 60, 60), planned(step_bytes, 4, 60)
     most = allocated(real, batch)
     assert peak == pytest.approx(most, rel=0.1)
-    assert planned(4, 50)[0] < 0.9 * most  # a wrong plan is noticed
+    assert planned(step_bytes, 4, 50)[0] < 0.9 * most  # a wrong plan is noticed
     if not checkpointing:
-        assert operations == pytest.approx(count_step(real, batch)[1:], rel=0.01)
+        assert planned(step_flops, 4, 60) == pytest.approx(step_flops(real, batch), rel=0.01)
     trained = lambda model: {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
     bare = bare_model(SHAPES[name], recipe)
     assert trained(bare) == trained(real)
@@ -68,7 +68,7 @@ def test_the_plan_is_within_a_tenth_of_a_real_step(name, checkpointing, adapter)
 
 
 def test_fewer_target_tokens_take_fewer_bytes():
-    full, few = (plan_step(SHAPES["qwen2"], recipe_for("qwen2"), 4, 60, n)[0] for n in (None, 6))
+    full, few = (plan_step(step_bytes, SHAPES["qwen2"], recipe_for("qwen2"), 4, 60, n)[0] for n in (None, 6))
     assert few < 0.8 * full
     assert few == pytest.approx(allocated(real_model("qwen2"), _micro_batch(4, 60, 6)), rel=0.1)
 
