@@ -47,7 +47,7 @@ def real() -> tuple:
 
 
 def toy() -> tuple:
-    "The recipe `demo` with the adapters of toy_methods.py, each with the scale lora_alpha / r that it chose by held-out loss."
+    "The recipe `demo` with three adapters of equal size; lora_alpha / r was chosen for each by held-out loss."
     every = dict(lora_dropout=0.0, target_modules="all-linear")
     ours = every | dict(peft_type="D2MORA", r=3, lora_alpha=96, orthogonality_weight=1e-4)
     adapters = {
