@@ -28,7 +28,7 @@ from hard_world import called, listed, side_by_side
 from d2mora.compare import CHOOSING_SEEDS, adapters_at, best_rate, next_rates, output_change, varied
 from d2mora.data import collator_for, prepare, read_rows
 from d2mora.evaluate import test_rows
-from d2mora.orthogonality import active_experts, attach_orthogonality, expert_layers, pairwise_cosine, similarity
+from d2mora.orthogonality import active_experts, attach_orthogonality, expert_layers, similarity
 from d2mora.recipe import Recipe, adapted_base, load_recipe
 from d2mora.routers import PAIRINGS, many_to_many
 from d2mora.scoring import grade_rows
@@ -210,7 +210,7 @@ def expert_figures(model) -> dict[str, float]:
             seen.setdefault(f"norm {side}", []).append(float(norm(stack)))
             if len(stack) > 1:
                 pairs = len(stack) * (len(stack) - 1) / 2
-                seen.setdefault(f"cosine {side}", []).append(float(pairwise_cosine(stack).triu(1).abs().sum() / pairs))
+                seen.setdefault(f"cosine {side}", []).append(float(similarity(stack) / pairs))
             if weight > 0:
                 with torch.enable_grad():
                     gradients.append(torch.autograd.grad(weight * similarity(E.stack()), E.weight)[0].norm())

@@ -179,7 +179,7 @@ def seeds_table(
     return text_table(["task", *header], [*rows, ["average", *means]])
 
 # %% ../nbs/11_evaluation.ipynb #f7265f05
-def _write_disagreements(a: Path, b: Path, protocol: str) -> str:
+def _write_disagreements(a: Path, b: Path, pairs: list[tuple[dict, dict]], protocol: str) -> str:
     "Write into b's folder the rows that it answers otherwise than a, with their instructions; the file and its rows."
     about = read_json(b / f"evaluation-{protocol}.json", "data", "tasks")
     recipe = b / "recipe.yaml"
@@ -189,7 +189,7 @@ def _write_disagreements(a: Path, b: Path, protocol: str) -> str:
     lines = [
         {k: g[k] for k in ("task", "row", "hash", "answer")}
         | {"a": g["predicted"], "b": h["predicted"], "instruction": texts.get(g["hash"])}
-        for g, h in _pairs(read_graded(a, protocol), read_graded(b, protocol))
+        for g, h in pairs
         if g["predicted"] != h["predicted"]
     ]
     path = b / f"disagreements-{protocol}-{a.resolve().name}.jsonl"
@@ -204,10 +204,11 @@ def comparison(
     "Paired tests of every two runs; the rows that two runs answer differently are written into the second's folder."
     paths = [Path(folder) for folder in folders]
     unique, parts = len({path.name for path in paths}) == len(paths), []
+    graded = {path: read_graded(path, protocol) for path in paths}
     for a, b in itertools.combinations(paths, 2):
         names = (a.name, b.name) if unique else (str(a), str(b))
-        parts.append(paired_table(read_graded(a, protocol), read_graded(b, protocol), names))
-        parts.append(_write_disagreements(a, b, protocol))
+        parts.append(paired_table(graded[a], graded[b], names))
+        parts.append(_write_disagreements(a, b, _pairs(graded[a], graded[b]), protocol))
     return "\n\n".join(parts)
 
 # %% ../nbs/11_evaluation.ipynb #be4501ee

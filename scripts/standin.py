@@ -115,6 +115,12 @@ def stem(front: dict) -> str:
     return Path(front["output-file"]).stem
 
 
+def relink(text: str, pages: dict, before: str, ending: str) -> str:
+    "Links to sources of pages, which stand after `before`, become links to pages with this ending."
+    files = {source: stem(front) + ending for source, (front, _) in pages.items()}
+    return re.sub(re.escape(before) + r"([\w.-]+\.(?:ipynb|qmd))", lambda m: before + files.get(m[1], m[1]), text)
+
+
 def render_page(name: str, pages: dict, website: dict, out: Path):
     "Write one page with pandoc; links to sources become links to pages."
     (front, text), contents = pages[name], website["sidebar"]["contents"]
@@ -132,9 +138,7 @@ def render_page(name: str, pages: dict, website: dict, out: Path):
     options += [word for key, value in variables.items() for word in ("-V", f"{key}={value}")]
     text = re.sub(r"^(`{3,}) ?sh$", r"\1bash", text, flags=re.M)
     page = pandoc(text, "--template", HERE / "standin.html", *options)
-    files = {source: front["output-file"] for source, (front, _) in pages.items()}
-    page = re.sub(r'href="([\w.-]+\.(?:ipynb|qmd))', lambda m: f'href="{files.get(m[1], m[1])}', page)
-    (out / front["output-file"]).write_text(page, encoding="utf-8")
+    (out / front["output-file"]).write_text(relink(page, pages, 'href="', ".html"), encoding="utf-8")
 
 
 def write_twin(name: str, pages: dict, out: Path):
@@ -142,10 +146,8 @@ def write_twin(name: str, pages: dict, out: Path):
     front, text = pages[name]
     text = re.sub(r"`{3,} \{=html\}\n.*?\n`{3,}", "", text, flags=re.S)
     text = pandoc(re.sub(r"!\[([^\n]*)\]\(data:[^)]*\)", r"[Picture: \1]", text), "-t", "gfm-raw_html", "--wrap=none")
-    files = {source: f"{stem(front)}.llms.md" for source, (front, _) in pages.items()}
-    text = re.sub(r"\]\(([\w.-]+\.(?:ipynb|qmd))", lambda m: f"]({files.get(m[1], m[1])}", text)
     head = f"# {front['title']}\n\n> {front.get('description') or front['title']}\n\n"
-    (out / f"{stem(front)}.llms.md").write_text(head + text, encoding="utf-8")
+    (out / f"{stem(front)}.llms.md").write_text(head + relink(text, pages, "](", ".llms.md"), encoding="utf-8")
 
 
 def sections(file: str, title: str, page: str) -> list[list[str]]:
